@@ -1,6 +1,7 @@
 """The build backend: setuptools, with all metadata read from settings.ini."""
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import build_meta, find_packages, setup
 from setuptools.command.sdist import sdist
 
@@ -10,9 +11,8 @@ LICENSES = {"apache2": "Apache-2.0"}
 class SourceDist(sdist):
     """An sdist that carries the two files its own build needs."""
 
-    def add_defaults(self):
-        super().add_defaults()
-        self.filelist.extend(["settings.ini", "tools/backend.py", "constraints.txt"])
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, [*files, "settings.ini", "tools/backend.py"])
 
 
 def metadata(path: str = "settings.ini") -> dict:
@@ -28,7 +28,7 @@ def metadata(path: str = "settings.ini") -> dict:
         long_description=Path("README.md").read_text(encoding="utf8"),
         long_description_content_type="text/markdown",
         author=ini["author"],
-        license=LICENSES[ini["license"]],
+        license_expression=LICENSES[ini["license"]],
         keywords=ini["keywords"].split(),
         python_requires=f">={ini['min_python']}",
         install_requires=ini["requirements"].split(),

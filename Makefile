@@ -1,0 +1,62 @@
+# Every target sets itself up: `make demo` and `make test` work on a fresh checkout.
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS  := dev
+ASSETS  := minilm reviews reviews_zh
+READY   := $(VENV)/.ready
+NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
+
+export PIP_ROOT_USER_ACTION := ignore
+
+# The stamp says where the environment was finished. One that was moved, broken or never finished is made anew.
+ifneq ($(shell { $(BIN)/python -c 'import pip' && cat $(READY); } 2>/dev/null),$(CURDIR))
+$(shell rm -f $(READY))
+endif
+
+.PHONY: help demo test lab site bench export constraints assets clean
+.DEFAULT_GOAL := help
+
+help:  ## Show what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: assets  ## Make a real review classifier smaller and faster, and show the table
+	@$(BIN)/python tools/demo.py
+
+test: assets  ## Run all tests, the notebooks among them
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lab: assets  ## Open the notebooks in JupyterLab
+	@$(BIN)/python -m jupyterlab nbs
+
+site: assets  ## Execute the notebooks in full and build the site in _site/
+	@$(BIN)/python tools/site.py
+
+bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
+	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+
+export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these
+	@$(BIN)/python -m nbconvert --log-level WARN --clear-output --inplace $(NOTEBOOKS)
+	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/readme.py
+
+constraints: $(READY)  ## Pin in constraints.txt the versions that .venv holds now
+	@$(PIP) freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt
+
+clean:  ## Remove all that make made here; the downloaded assets stay in the cache
+	@rm -rf $(VENV) _site _stage _run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+assets: $(READY)
+	@$(BIN)/ecomopt assets $(ASSETS:%=--fetch %)
+
+$(READY): constraints.txt settings.ini pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ecomopt needs Python 3.11 or newer as $(PYTHON). Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@test -f $@ || { echo "Making $(VENV); this takes a few minutes, once."; $(PYTHON) -m venv --clear $(VENV); }
+	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@printf '%s' '$(CURDIR)' > $@

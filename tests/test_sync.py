@@ -1,0 +1,67 @@
+"""What is generated equals what the notebooks say, and the notebooks are clean. `make export` mends all of these."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.readme import ROOT, readme
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    """A copy of the notebooks, cleaned and exported anew."""
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
+    scripts = Path(sys.executable).parent
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([scripts / command], cwd=folder, env={**os.environ, "PYTHONPATH": ""}, check=True)
+    return folder
+
+
+def differences(one: Path, other: Path, suffix: str) -> list[str]:
+    """The files of two trees that differ or are in one of them alone."""
+    trees = [{str(file.relative_to(tree)): file.read_bytes() for file in tree.rglob(f"*{suffix}")} for tree in (one, other)]
+    names = {name for tree in trees for name in tree if ".ipynb_checkpoints" not in name}
+    return sorted(name for name in names if trees[0].get(name) != trees[1].get(name))
+
+
+@pytest.mark.xdist_group("export")
+def test_package_is_what_the_notebooks_export(export):
+    assert differences(ROOT / "ecomopt", export / "ecomopt", ".py") == []
+
+
+@pytest.mark.xdist_group("export")
+def test_notebooks_are_clean(export):
+    assert differences(ROOT / "nbs", export / "nbs", ".ipynb") == []
+
+
+def test_readme_is_the_index_notebook():
+    assert (ROOT / "README.md").read_text(encoding="utf8") == readme()
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_shows_what_the_index_shows(tmp_path):
+    def cell(kind: str, text: str, *tags: str) -> dict:
+        return dict(cell_type=kind, metadata=dict(tags=tags), source=text.splitlines(keepends=True))
+
+    links = "[start](start/01_quickstart.ipynb), [rules](../CONTRIBUTING.md), [up](#top), [web](https://example.org)"
+    cells = [
+        cell("markdown", f"# Shop\n\n> One sentence.\n\n{links}"),
+        cell("code", "fast = True", "parameters"),
+        cell("code", "#| hide\nimport os"),
+        cell("code", "#| code-fold: true\nprint(1)"),
+    ]
+    index = tmp_path / "index.ipynb"
+    index.write_text(json.dumps(dict(cells=cells)), encoding="utf8")
+    links = "[start](nbs/start/01_quickstart.ipynb), [rules](CONTRIBUTING.md), [up](#top), [web](https://example.org)"
+    assert readme(index) == f"# Shop\n\n> One sentence.\n\n{links}\n\n```python\nprint(1)\n```\n"

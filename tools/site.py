@@ -1,0 +1,223 @@
+"""The site, in three steps: execute the notebooks, stage the executed copies, render them.
+
+    python tools/site.py           full parameters, into _site/
+    python tools/site.py --fast    less data, for a quick look
+
+Executed copies are kept in _run/ and used again until the notebook or the package changes.
+"""
+import argparse
+import ast
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from operator import attrgetter
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import yaml
+from execnb.nbio import mk_cell, write_nb
+from fastcore.docments import DocmentTbl
+from filelock import FileLock
+from math_core import LatexToMathML
+from nbdev.process import NBProcessor, Processor
+from nbdev.processors import add_show_docs, hide_
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, RUN = ROOT / "nbs", ROOT / "_run"
+LOCAL_SOCKETS = Config({"KernelManager": {"transport": "ipc"}})  # the kernels listen to nobody else
+
+
+# ---------------------------------------------------------------- execute
+
+def notebooks() -> list[Path]:
+    "Every notebook of the book, in reading order."
+    found = (path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    return sorted(found, key=lambda path: (path.parent != NBS, path.name))
+
+
+def execute(path: Path, fast: bool) -> Path:
+    "Run a notebook in its own folder, as JupyterLab does; return the executed copy, an earlier one if nothing changed."
+    path = Path(path).resolve()
+    copy = RUN / ("fast" if fast else "full") / path.relative_to(NBS)
+    key = hashlib.sha256(f"{fast}{sys.version}".encode())
+    for source in [path, *sorted((ROOT / "ecomopt").rglob("*.py")), *ROOT.glob("constraints.txt")]:
+        key.update(source.read_bytes())
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_suffix(".lock")):
+        if copy.exists() and json.loads(copy.read_text("utf8"))["metadata"].get("key") == key.hexdigest():
+            return copy
+        running = copy.with_suffix(".running")
+        try:
+            options = {"kernel_name": "python3", "cwd": path.parent, "progress_bar": False, "config": LOCAL_SOCKETS}
+            nb = papermill.execute_notebook(path, None, {"fast": fast}, **options)
+            nb.metadata["key"] = key.hexdigest()
+            nbformat.write(nb, running)
+            running.replace(copy)
+        finally:
+            running.unlink(missing_ok=True)
+    return copy
+
+
+# ---------------------------------------------------------------- stage
+
+MARKUP = re.compile(r"""
+    (?P<code>
+        ^[ ]*(?P<fence>`{3,}|~{3,}) .*? ^[ ]*(?P=fence)
+      | (?P<ticks>(?<!`)`+(?!`)) .*? (?<!`)(?P=ticks)(?!`)
+      | \\. )
+  | \$\$ (?P<display> .+? ) \$\$
+  | \$ (?=\S) (?P<inline> (?:[^$\n]|\n(?!\s*\n))+? ) (?<=\S) \$ (?!\d)
+  | (?P<link> \]\( [^)\s]*? ) \d+_ (?P<page> \w+\.ipynb )
+""", re.MULTILINE | re.DOTALL | re.VERBOSE)
+TEX = LatexToMathML(fancy_error=False)
+
+
+def mathml(tex: str, display: bool) -> str:
+    "TeX as MathML, which needs no script; a `\\tag{n}` stands at the right, to link to as `#equation-n`."
+    tag = re.search(r"\\tag\{(.+?)\}", tex)
+    math = TEX.convert_with_local_state(tex.replace(tag[0], "") if tag else tex, displaystyle=display)
+    # Punctuation as entities: Markdown has nothing to interpret inside.
+    math = re.sub(r"(<[^>]*>|&\w+;)|[^\w\s]|_", lambda m: m[1] or f"&#{ord(m[0])};", math)
+    number = f'<span id="equation-{tag[1]}">({tag[1]})</span>' if tag else ""
+    return f'<span class="equation">{math}{number}</span>' if display else math
+
+
+def translate(markdown: str) -> str:
+    "Markdown with its math as MathML and its links to notebooks as the site names them; code stays as it is."
+    def piece(m: re.Match) -> str:
+        if m["code"]: return m["code"]
+        if m["page"]: return m["link"] + m["page"]
+        return mathml(m["display"] or m["inline"], display=bool(m["display"]))
+    return MARKUP.sub(piece, markdown)
+
+
+def folded(summary: str, markdown: str) -> str:
+    "Markdown behind a line to click on."
+    return f"<details>\n<summary>{summary}</summary>\n\n{markdown}\n\n</details>\n"
+
+
+class references(Processor):
+    "Turn the `show_doc` cells that nbdev adds below exported definitions into folded tables of their arguments."
+
+    def begin(self):
+        for cell in self.nb.cells:
+            if "default_exp" in cell.directives_:
+                name = cell.directives_["default_exp"][0]
+                self.module = importlib.import_module("ecomopt" if name == "__init__" else f"ecomopt.{name}")
+
+    def cell(self, cell):
+        if not getattr(cell, "has_sd", False): return
+        name = re.fullmatch(r"show_doc\((.+)\)", cell.source)[1]
+        table = str(DocmentTbl(attrgetter(name)(self.module)))
+        cell.update(cell_type="markdown", source=folded(f"{name}: arguments", table) if table else None)
+
+
+class title(Processor):
+    "Make `# Title` and `> sentence` the page's title and description."
+
+    def begin(self):
+        first = self.nb.cells[0]
+        found = re.match(r"# (.+)\n+> ((?:.+\n?)+)", first.source)
+        if not found: return
+        front = {"title": found[1], "description": " ".join(found[2].split())}
+        first.source = first.source[found.end():].strip() or None
+        self.nb.cells.insert(0, mk_cell(f"---\n{yaml.safe_dump(front, allow_unicode=True)}---", "raw"))
+
+
+class tidy(Processor):
+    "Leave what a reader needs: imports folded, and the parameters where code asks for them; no progress bars."
+
+    def begin(self):
+        code = [cell.source for cell in self.nb.cells if cell.cell_type == "code" and not cell.metadata.get("tags")]
+        self.asked = any(re.search(r"\bfast\b", source) for source in code)
+
+    def cell(self, cell):
+        if cell.cell_type != "code": return
+        tags, lines = cell.metadata.get("tags", []), cell.parsed_() or []
+        cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        if "injected-parameters" in tags and self.asked: summary = "Parameters"
+        elif tags or "default_exp" in cell.directives_: cell.source = None; return
+        elif lines and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in lines): summary = "Imports"
+        else: return
+        cell.source = f"#| code-fold: true\n#| code-summary: {summary}\n" + cell.source.removeprefix("# Parameters\n")
+
+
+def texts(cell):
+    "Translate the Markdown of a cell and of its outputs."
+    if cell.cell_type == "markdown": cell.source = translate(cell.source)
+    for out in cell.get("outputs", []):
+        data = out.get("data", {})
+        if "text/markdown" in data: data["text/markdown"] = translate("".join(data["text/markdown"]))
+
+
+def staged_name(path: Path) -> Path:
+    "Where a notebook stands on the site: `compress/20_distill.ipynb` becomes `compress/distill.ipynb`."
+    path = path.relative_to(NBS)
+    return path.with_name(re.sub(r"^\d+_", "", path.name))
+
+
+def benchmarks(results: list[Path]) -> str:
+    "The page of the benchmarks, from the results of full runs."
+    page = ["---\ntitle: Benchmarks\ndescription: This library and what else you could use, in one run.\n---\n"]
+    for path in results:
+        result = json.loads(path.read_text("utf8"))
+        table = pd.DataFrame(result.pop("table")).to_html(index=False, border=0, float_format="{:,.4g}".format)
+        name, notes = result.pop("name"), result.pop("notes", [])
+        page += [f"## {name}\n", *([notes] if isinstance(notes, str) else notes), f"\n```{{=html}}\n{table}\n```\n"]
+        page += [folded("How it was run", f"```yaml\n{yaml.safe_dump(result, sort_keys=False)}```")]
+    return "\n".join(page)
+
+
+def stage(executed: dict[Path, Path], to: Path) -> None:
+    "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+    for path, copy in executed.items():
+        page = NBProcessor(copy, [add_show_docs, references, title, hide_, tidy, texts])
+        page.process()
+        page.nb.metadata = {"kernelspec": page.nb.metadata["kernelspec"]}
+        write_nb(page.nb, to / staged_name(path))
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if results: (to / "benchmarks.qmd").write_text(benchmarks(results), "utf8")
+    config = (ROOT / "_quarto.yml").read_text("utf8").splitlines(keepends=True)
+    (to / "_quarto.yml").write_text("".join(line for line in config if results or "benchmarks.qmd" not in line), "utf8")
+
+
+# ---------------------------------------------------------------- render
+
+def render(staged: Path, site: Path) -> None:
+    "Render with Quarto, or with smalldocs where there is none, and replace `site` when all went well."
+    quarto = shutil.which("quarto")
+    renderer = [quarto] if quarto else [sys.executable, "-m", "smalldocs.cli"]
+    subprocess.run([*renderer, "render", staged], check=True)
+    for css in (staged / "_site").rglob("*.css"):  # no font from the network: the system's do as well
+        css.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);?", "", css.read_text("utf8")), "utf8")
+    shutil.rmtree(site, ignore_errors=True)
+    (staged / "_site").replace(site)
+
+
+def build(fast: bool, staged: Path = ROOT / "_stage", site: Path = ROOT / "_site") -> Path:
+    "Execute, stage and render every notebook; progress on standard output."
+    executed, paths = {}, notebooks()
+    for n, path in enumerate(paths, 1):
+        start = time.perf_counter()
+        print(f"[{n}/{len(paths)}] {path.relative_to(ROOT)}", end=" ", flush=True)
+        executed[path] = execute(path, fast)
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    stage(executed, staged)
+    render(staged, site)
+    return site
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="execute with less data")
+    print(build(parser.parse_args().fast) / "index.html")
