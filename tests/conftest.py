@@ -1,5 +1,6 @@
 """What all tests share: one thread each, no hub, and a table of the notebooks' times at the end."""
 import os
+from operator import itemgetter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; notebook kernels inherit this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_terminal_summary(terminalreporter):
     """Print how long each notebook took."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
-    times = {name: time for report in reports for name, time in report.user_properties if name.endswith(".ipynb")}
+    times = dict(both for report in reports for both in report.user_properties if both[0].endswith(".ipynb"))
     if not times: return
     terminalreporter.section("notebooks, seconds")
-    for name, seconds in sorted(times.items(), key=lambda item: -item[1]): terminalreporter.write_line(f"{seconds:7.1f}  {name}")
+    for name, seconds in sorted(times.items(), key=itemgetter(1), reverse=True):
+        terminalreporter.write_line(f"{seconds:7.1f}  {name}")

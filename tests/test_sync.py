@@ -26,9 +26,12 @@ def export(tmp_path_factory) -> Path:
 
 def differences(one: Path, other: Path, suffix: str) -> list[str]:
     """The files of two trees that differ or are in one of them alone."""
-    trees = [{str(file.relative_to(tree)): file.read_bytes() for file in tree.rglob(f"*{suffix}")} for tree in (one, other)]
-    names = {name for tree in trees for name in tree if ".ipynb_checkpoints" not in name}
-    return sorted(name for name in names if trees[0].get(name) != trees[1].get(name))
+    def read(tree: Path) -> dict[str, bytes]:
+        files = [file for file in tree.rglob(f"*{suffix}") if ".ipynb_checkpoints" not in file.parts]
+        return {str(file.relative_to(tree)): file.read_bytes() for file in files}
+
+    a, b = read(one), read(other)
+    return sorted(name for name in a | b if a.get(name) != b.get(name))
 
 
 @pytest.mark.xdist_group("export")

@@ -234,10 +234,10 @@ def undocumented(node: ast.AST, comments: set[int], owner: ast.ClassDef | None =
             yield from (f"{name}: no comment beside the field {field.target.id}" for field in bare(fields, comments))
         for child in node.body: yield from undocumented(child, comments, node)
         return
+    if owner and owner.bases and not is_init: return  # the base says what an override takes and returns
     args = [arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg not in ("self", "cls")]
     yield from (f"{name}: no type hint for {arg.arg}" for arg in args if not arg.annotation)
     if not node.returns and not is_init: yield f"{name}: no type hint for what it returns"
-    if owner and owner.bases and not is_init: return  # an override is documented by its base
     yield from (f"{name}: no comment beside the parameter {arg.arg}" for arg in bare(args, comments))
 
 

@@ -116,7 +116,8 @@ class references(Processor):
     def cell(self, cell):
         if not getattr(cell, "has_sd", False): return
         name = re.fullmatch(r"show_doc\((.+)\)", cell.source)[1]
-        table = str(DocmentTbl(attrgetter(name)(self.module)))
+        try: table = str(DocmentTbl(attrgetter(name)(self.module)))
+        except NameError: table = ""  # a type in quotes that the module does not import: the code above says it all
         cell.update(cell_type="markdown", source=folded(f"{name}: arguments", table) if table else None)
 
 

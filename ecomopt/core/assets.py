@@ -59,7 +59,13 @@ def unpack(
     except (KeyError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         raise EcomoptError(f"The archive cannot be read: {error}.", str(archive), "Fetch it again.") from error
 
-# %% ../../nbs/core/10_assets.ipynb #184a4e41
+# %% ../../nbs/core/10_assets.ipynb #d829f77a
+def _full(error: Exception, folder: Path) -> bool:
+    "Was it a full disk? Rust code (safetensors) says so in words only, and `torch.save` does not say so at all."
+    return (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+            or folder.exists() and shutil.disk_usage(folder).free < 2**20)
+
+
 @contextmanager
 def write_beside(
     path: Path,  # the folder that shall exist in the end, and does not yet
@@ -72,8 +78,7 @@ def write_beside(
         yield part
         part.rename(path)
     except Exception as error:
-        # safetensors and other Rust code report a full disk in words only
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error): raise
+        if not _full(error, part): raise
         raise EcomoptError("The disk is full; nothing was kept of the unfinished work.", str(path),
                            "Free some space there, or set ECOMOPT_CACHE to a folder on a larger disk.") from error
     finally:

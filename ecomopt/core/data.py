@@ -139,13 +139,13 @@ def _task(name: str, rows: pd.DataFrame, valid: float, test: float, seed: int, w
     parts = {name: Dataset.from_pandas(numbered[part == name], _LABELLED, preserve_index=False) for name in fractions}
     return Task(name, tuple(names), **parts, transfer=Dataset.from_dict({"text": [], "domain": []}, _UNLABELLED))
 
-# %% ../../nbs/core/11_data.ipynb #01db27df
+# %% ../../nbs/core/11_data.ipynb #7ee71166
 _CSV = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}  # "NA" is a text; Excel's byte-order mark is not
 _READERS = {
     ".csv": lambda path: pd.read_csv(path, **_CSV),
     ".tsv": lambda path: pd.read_csv(path, sep="\t", **_CSV),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": lambda path: pd.DataFrame([json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]),
 }
 
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise EcomoptError(f"The file is not UTF-8: {error}.", str(path),
                            "Save it as UTF-8, e.g. with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW") from error
-    except (OSError, ValueError) as error:  # ValueError is the base of the parsers' errors
+    except (OSError, ValueError, TypeError) as error:  # what the parsers raise
         raise EcomoptError(f"The file cannot be read: {error}.", str(path), "Check the path and the file.") from error
 
 # %% ../../nbs/core/11_data.ipynb #074d566d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'load_model', 'has_bf16', 'fingerprint', 'training_arguments', 'tokenized', 'finetune']
 
-# %% ../../nbs/core/12_train.ipynb #bc1ff7e5
+# %% ../../nbs/core/12_train.ipynb #4f2341fb
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTo
     PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed)
 
 from .. import EcomoptError
-from .assets import ASSETS, cached, fetch
+from .assets import ASSETS, cache_dir, cached, fetch
 from .data import Task
 
 # %% ../../nbs/core/12_train.ipynb #ff4a52a6
@@ -102,7 +102,7 @@ def fingerprint(
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/core/12_train.ipynb #da7486fe
+# %% ../../nbs/core/12_train.ipynb #19b08d35
 def training_arguments(
     epochs: float,         # passes over the data
     learning_rate: float,  # the highest rate of the schedule
@@ -113,7 +113,7 @@ def training_arguments(
     "Make the arguments of a training."
     for name, value in dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size).items():
         if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
-    defaults = dict(output_dir="unused", save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+    defaults = dict(output_dir=str(cache_dir() / "trainer"), save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         train_sampling_strategy="group_by_length", warmup_steps=0.1, weight_decay=0.01, bf16=has_bf16(), optim="adamw_torch_fused")
     return TrainingArguments(num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         seed=seed, **{**defaults, **others})

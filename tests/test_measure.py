@@ -1,0 +1,266 @@
+"""Measurement: intervals, paired tests, turns, counts, and input that cannot be measured."""
+import json
+import sys
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from ecomopt import EcomoptError
+from ecomopt.core.artifact import save
+from ecomopt.core.data import Task
+from ecomopt.core.measure import (
+    Measurement,
+    _peak_memory,
+    compare,
+    count_macs,
+    count_parameters,
+    interleave,
+    measure,
+    paired_quality,
+    quality,
+)
+from ecomopt.core.train import Classifier
+
+LABELS = ("negative", "positive")
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "phone", "box", "arrived", "broken"]
+QUICK = dict(repeats=1, calls=2, threads=1, memory=False)
+
+
+def bert(d: int = 16, f: int = 24, layers: int = 2, classes: int = 2) -> BertForSequenceClassification:
+    """A random encoder that fits in a few kilobytes."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(WORDS), hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=2,
+                        max_position_embeddings=64, num_labels=classes)
+    return BertForSequenceClassification(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def classifier(kind: type = Classifier, labels: tuple[str, ...] = LABELS, **others) -> Classifier:
+    model = bert(classes=len(labels))
+    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    return kind(model, tokenizer(), 64, **others)
+
+
+@pytest.fixture
+def task() -> Task:
+    rows = Dataset.from_dict({"text": ["good phone", "bad box arrived broken", "broken", "good box"] * 3,
+                              "label": [1, 0, 0, 1] * 3, "group": [str(i) for i in range(12)]})
+    return Task("tiny", LABELS, train=rows, valid=rows.select(range(4)), test=rows,
+                transfer=Dataset.from_dict({"text": ["box"], "domain": ["shop"]}))
+
+
+@dataclass
+class Recording(Classifier):
+    """Writes down who was asked for how many sentences."""
+    name: str = ""
+    log: list = field(default_factory=list)
+
+    def logits(self, texts, batch_size=32):
+        self.log.append((self.name, len(texts)))
+        return super().logits(texts, batch_size)
+
+
+@dataclass
+class Fixed(Classifier):
+    """Answers every sentence with the same logits."""
+    answer: tuple = (0.0, 1.0)
+
+    def logits(self, texts, batch_size=32):
+        return torch.tensor(self.answer).repeat(len(texts), 1)
+
+
+# ---------------------------------------------------------------- quality
+
+classes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60)
+
+
+@given(classes)
+def test_quality_is_that_of_scipy_and_scikit_learn(rows):
+    predicted, actual = np.array(rows).T
+    result, right = quality(predicted, actual, "abcd"), int((predicted == actual).sum())
+    low, high = result["accuracy_interval"]
+    assert (low, high) == pytest.approx(binomtest(right, len(rows)).proportion_ci(method="wilson"))
+    assert -1e-12 <= low <= result["accuracy"] + 1e-12 and result["accuracy"] - 1e-12 <= high <= 1 + 1e-12
+    assert result["macro_f1"] == pytest.approx(f1_score(actual, predicted, average="macro"))
+    assert set(result["recall"]) == {"abcd"[i] for i in actual}
+
+
+def test_wilson_by_hand():
+    """18 of 20, z = 1.96: centre (0.9 + 0.09604) / 1.19208, half 1.96 √(0.0045 + 0.002401) / 1.19208."""
+    low, high = quality(np.array([0] * 18 + [1] * 2), np.zeros(20, int), "ab")["accuracy_interval"]
+    assert (low, high) == pytest.approx((0.6990, 0.9721), abs=2e-4)
+
+
+def test_mcnemar_by_hand():
+    """One lost and five gained: 2 (1 + 6) / 2⁶."""
+    actual = np.zeros(10, int)
+    first, second = np.array([0] + [1] * 5 + [0] * 4), np.array([1] + [0] * 5 + [0] * 4)
+    result = paired_quality(first, second, actual)
+    assert (result["lost"], result["gained"], result["flips"]) == (1, 5, 6)
+    assert result["mcnemar_p"] == pytest.approx(14 / 64)
+    assert result["accuracy_change"] == pytest.approx(0.4)
+
+
+def test_flips_count_changes_from_wrong_to_wrong():
+    result = paired_quality(np.array([1, 1]), np.array([2, 1]), np.array([0, 0]))
+    assert (result["flips"], result["lost"], result["gained"], result["mcnemar_p"]) == (1, 0, 0, 1.0)
+
+
+@given(classes, st.integers(0, 5))
+def test_a_pair_is_symmetric(rows, seed):
+    first, second = np.array(rows).T
+    actual = np.zeros(len(rows), int)
+    one, other = paired_quality(first, second, actual, seed), paired_quality(second, first, actual, seed)
+    low, high = one["accuracy_change_interval"]
+    assert one["mcnemar_p"] == other["mcnemar_p"] <= 1 and one["flips"] == other["flips"]
+    assert one["accuracy_change"] == -other["accuracy_change"] and -1 <= low <= high <= 1
+
+
+# ---------------------------------------------------------------- turns
+
+def test_interleave_warms_up_and_takes_turns():
+    log = []
+    seconds = interleave({name: lambda x, name=name: log.append(name + x) for name in "AB"}, [["1", "2"], ["3", "4"]])
+    assert log == ["A1", "B1", "A1", "A2", "B1", "B2", "A3", "A4", "B3", "B4"]
+    assert {name: s.shape for name, s in seconds.items()} == {"A": (2, 2), "B": (2, 2)}
+
+
+def test_compare_takes_turns(task):
+    log = []
+    compare({name: classifier(Recording, name=name, log=log) for name in "ABC"}, task, repeats=2, calls=2, threads=1, memory=False)
+    everything = [(name, 12) for name in "ABC"]
+    one_by_one = [(name, 1) for name in "ABC" for _ in range(2)]
+    warm_up = [(name, 1) for name in "ABC"]
+    assert log == everything + everything + everything * 2 + warm_up + one_by_one * 2  # quality, warm-up, two rounds; the same for one by one
+
+
+def test_threads_are_given_back(task):
+    before = torch.get_num_threads()
+    measure(classifier(), task, **QUICK | dict(threads=before + 1))
+    assert torch.get_num_threads() == before
+    with pytest.raises(EcomoptError): measure(classifier(Fixed, answer=(float("nan"), 0.0)), task, **QUICK | dict(threads=before + 1))
+    assert torch.get_num_threads() == before
+
+
+# ---------------------------------------------------------------- counts
+
+def formula(d: int, f: int, layers: int, classes: int, tokens: int) -> int:
+    return layers * (tokens * (4 * d * d + 2 * d * f) + 2 * tokens**2 * d) + d * d + d * classes
+
+
+@pytest.mark.parametrize("d, f, layers, classes", [(16, 24, 1, 2), (32, 64, 3, 5)])
+@pytest.mark.parametrize("tokens", [1, 7, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_macs_are_those_of_the_formula(d, f, layers, classes, tokens, dtype):
+    assert count_macs(bert(d, f, layers, classes).to(dtype), tokens) == formula(d, f, layers, classes, tokens)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_int8_layers_are_counted():
+    model = bert()
+    packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    biases = sum(layer.bias.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    assert count_macs(packed) == count_macs(model)
+    assert count_parameters(packed) == count_parameters(model) - biases
+
+
+def test_shared_weights_are_counted_once():
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    layers[1].weight = layers[0].weight
+    assert count_parameters(layers) == 9 + 3 + 3
+
+
+def test_disk_bytes_are_those_of_the_files(task, tmp_path):
+    measured = classifier()
+    disk_bytes = measure(measured, task, **QUICK).disk_bytes
+    assert disk_bytes == sum(file.stat().st_size for file in save(measured, tmp_path / "saved").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_is_that_of_a_fresh_process(task):
+    ballast = np.ones(50_000_000)  # 400 MB here must not show up there
+    measured = measure(classifier(), task, **QUICK | dict(memory=True)).memory_bytes
+    assert 0 < measured < ballast.nbytes
+
+
+def test_an_artifact_that_does_not_run_is_reported(monkeypatch):
+    monkeypatch.setattr("ecomopt.core.measure._PROBE", "raise RuntimeError('no such layer')")
+    with pytest.raises(EcomoptError, match="did not run in a fresh process(?s:.*)no such layer"): _peak_memory("small", ["good"], 1, 1)
+
+
+# ---------------------------------------------------------------- measurements
+
+def test_a_measurement_survives_json(task):
+    measurement = measure(classifier(), task, **QUICK)
+    assert Measurement.from_dict(json.loads(json.dumps(measurement.to_dict()))) == measurement
+    assert measurement.conditions["threads"] == 1 and measurement.conditions["device"] == "cpu"
+    assert {"ecomopt", "torch", "transformers"} <= measurement.conditions["versions"].keys()
+    assert 0 < measurement.latency_ms["p50"] <= measurement.latency_ms["p95"] <= measurement.latency_ms["p99"]
+
+
+@pytest.mark.parametrize("change", [lambda data: data.pop("accuracy"), lambda data: data.update(speed=1)])
+def test_other_data_is_no_measurement(task, change):
+    data = measure(classifier(), task, **QUICK).to_dict()
+    change(data)
+    with pytest.raises(EcomoptError, match="Wrong fields"): Measurement.from_dict(data)
+
+
+def test_a_comparison_has_a_table_and_a_figure(task):
+    comparison = compare({"yes": classifier(Fixed), "no": classifier(Fixed, answer=(1.0, 0.0))}, task, **QUICK)
+    table = comparison.table
+    assert list(table.index) == ["yes", "no"] and list(table["flips"]) == [0, 12] and list(table["accuracy %"]) == [50.0, 50.0]
+    assert comparison.pairs["no"].accuracy_change == 0 and (comparison.pairs["no"].lost, comparison.pairs["no"].gained) == (6, 6)
+    assert comparison.pairs["yes"].speedup == 1 and "memory MB" not in table
+    assert comparison.recall.loc["positive"].to_dict() == {"yes": 1.0, "no": 0.0}
+    assert len(comparison.rounds) == 1 and set(comparison.rounds.columns.get_level_values(1)) == {"yes", "no"}
+    axis = comparison.plot().axes[0]
+    assert "sentences" in axis.get_xlabel() and "accuracy" in axis.get_ylabel()
+    assert {"yes", "no"} == {text.get_text().split("\n")[0] for text in axis.texts}
+
+
+def test_labels_are_matched_by_name(task):
+    said = measure(classifier(Fixed, labels=LABELS[::-1]), task, **QUICK)
+    assert said.recall == {"negative": 1.0, "positive": 0.0}
+
+
+# ---------------------------------------------------------------- what cannot be measured
+
+@pytest.mark.parametrize("change, message", [
+    (dict(kind=Fixed, answer=(float("nan"), 0.0)), "not finite numbers"),
+    (dict(kind=Fixed, answer=(float("inf"), 0.0)), "not finite numbers"),
+    (dict(kind=Fixed, answer=(0.0, 1.0, 2.0)), "not finite numbers"),
+    (dict(labels=("bad", "good")), "Its labels are"),
+    (dict(labels=("negative", "neutral", "positive")), "Its labels are"),
+])
+def test_a_classifier_that_cannot_be_measured(task, change, message):
+    with pytest.raises(EcomoptError, match=message) as caught: compare({"broken": classifier(**change)}, task, **QUICK)
+    assert "broken" in caught.value.where
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(split="transfer"), "Split 'transfer' has no labelled rows"),
+    (dict(split="holdout"), "Split 'holdout' has no labelled rows"),
+    *[({name: 0}, "nothing to measure") for name in ("repeats", "threads", "calls", "batch_size")],
+])
+def test_options_that_measure_nothing(task, options, message):
+    with pytest.raises(EcomoptError, match=message): measure(classifier(), task, **QUICK | options)
+
+
+def test_an_empty_split_and_no_classifier(task):
+    with pytest.raises(EcomoptError, match="no labelled rows"): measure(classifier(), replace(task, test=task.test.select([])), **QUICK)
+    with pytest.raises(EcomoptError, match="nothing to measure"): compare({}, task, **QUICK)
+    with pytest.raises(EcomoptError, match="cannot be scored"): quality(np.array([], int), np.array([], int), LABELS)
