@@ -5,16 +5,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from ecomopt import EcomoptError
+from ecomopt.compress.quantize import quantize
 from ecomopt.core.artifact import save
 from ecomopt.core.data import Task
 from ecomopt.core.measure import (
@@ -31,36 +30,18 @@ from ecomopt.core.measure import (
 from ecomopt.core.train import Classifier
 
 LABELS = ("negative", "positive")
-WORDS = ["[PAD]", "[UNK]", "good", "bad", "phone", "box", "arrived", "broken"]
 QUICK = dict(repeats=1, calls=2, threads=1, memory=False)
 
 
-def bert(d: int = 16, f: int = 24, layers: int = 2, classes: int = 2) -> BertForSequenceClassification:
-    """A random encoder that fits in a few kilobytes."""
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(WORDS), hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=2,
-                        max_position_embeddings=64, num_labels=classes)
-    return BertForSequenceClassification(config).eval()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-
-
 def classifier(kind: type = Classifier, labels: tuple[str, ...] = LABELS, **others) -> Classifier:
-    model = bert(classes=len(labels))
-    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    return kind(model, tokenizer(), 64, **others)
+    """A random classifier of some kind."""
+    base = tiny.classifier(layers=1, hidden=16, labels=labels)
+    return kind(base.model, base.tokenizer, **others)
 
 
 @pytest.fixture
 def task() -> Task:
-    rows = Dataset.from_dict({"text": ["good phone", "bad box arrived broken", "broken", "good box"] * 3,
-                              "label": [1, 0, 0, 1] * 3, "group": [str(i) for i in range(12)]})
-    return Task("tiny", LABELS, train=rows, valid=rows.select(range(4)), test=rows,
-                transfer=Dataset.from_dict({"text": ["box"], "domain": ["shop"]}))
+    return tiny.task()  # 20 test sentences, every second one positive
 
 
 @dataclass
@@ -142,7 +123,7 @@ def test_interleave_warms_up_and_takes_turns():
 def test_compare_takes_turns(task):
     log = []
     compare({name: classifier(Recording, name=name, log=log) for name in "ABC"}, task, repeats=2, calls=2, threads=1, memory=False)
-    everything = [(name, 12) for name in "ABC"]
+    everything = [(name, 20) for name in "ABC"]
     one_by_one = [(name, 1) for name in "ABC" for _ in range(2)]
     warm_up = [(name, 1) for name in "ABC"]
     assert log == everything + everything + everything * 2 + warm_up + one_by_one * 2  # quality, warm-up, two rounds; the same for one by one
@@ -162,20 +143,27 @@ def formula(d: int, f: int, layers: int, classes: int, tokens: int) -> int:
     return layers * (tokens * (4 * d * d + 2 * d * f) + 2 * tokens**2 * d) + d * d + d * classes
 
 
-@pytest.mark.parametrize("d, f, layers, classes", [(16, 24, 1, 2), (32, 64, 3, 5)])
+@pytest.mark.parametrize("hidden, layers, classes", [(16, 1, 2), (32, 3, 5)])
 @pytest.mark.parametrize("tokens", [1, 7, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_macs_are_those_of_the_formula(d, f, layers, classes, tokens, dtype):
-    assert count_macs(bert(d, f, layers, classes).to(dtype), tokens) == formula(d, f, layers, classes, tokens)
+def test_macs_are_those_of_the_formula(hidden, layers, classes, tokens, dtype):
+    model = tiny.classifier(layers=layers, hidden=hidden, labels=tuple("abcde"[:classes])).model.to(dtype)
+    assert count_macs(model, tokens) == formula(hidden, 2 * hidden, layers, classes, tokens)
+
+
+def dynamic(classifier: Classifier) -> torch.nn.Module:
+    """The model with torch's own int8 layers."""
+    return torch.ao.quantization.quantize_dynamic(classifier.model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_int8_layers_are_counted():
-    model = bert()
-    packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    biases = sum(layer.bias.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    assert count_macs(packed) == count_macs(model)
-    assert count_parameters(packed) == count_parameters(model) - biases
+@pytest.mark.parametrize("int8", [dynamic, lambda c: quantize(c).model, lambda c: quantize(c, embedding_bits=4).model],
+                         ids=["torch", "int8", "int4 embeddings"])
+def test_quantized_layers_are_counted(int8):
+    base = tiny.classifier()
+    biases = sum(layer.bias.numel() for layer in base.model.modules() if isinstance(layer, torch.nn.Linear))
+    assert count_macs(int8(base)) == count_macs(base.model) > 0
+    assert count_parameters(int8(base)) == count_parameters(base.model) - biases
 
 
 def test_shared_weights_are_counted_once():
@@ -222,8 +210,8 @@ def test_other_data_is_no_measurement(task, change):
 def test_a_comparison_has_a_table_and_a_figure(task):
     comparison = compare({"yes": classifier(Fixed), "no": classifier(Fixed, answer=(1.0, 0.0))}, task, **QUICK)
     table = comparison.table
-    assert list(table.index) == ["yes", "no"] and list(table["flips"]) == [0, 12] and list(table["accuracy %"]) == [50.0, 50.0]
-    assert comparison.pairs["no"].accuracy_change == 0 and (comparison.pairs["no"].lost, comparison.pairs["no"].gained) == (6, 6)
+    assert list(table.index) == ["yes", "no"] and list(table["flips"]) == [0, 20] and list(table["accuracy %"]) == [50.0, 50.0]
+    assert comparison.pairs["no"].accuracy_change == 0 and (comparison.pairs["no"].lost, comparison.pairs["no"].gained) == (10, 10)
     assert comparison.pairs["yes"].speedup == 1 and "memory MB" not in table
     assert comparison.recall.loc["positive"].to_dict() == {"yes": 1.0, "no": 0.0}
     assert len(comparison.rounds) == 1 and set(comparison.rounds.columns.get_level_values(1)) == {"yes", "no"}

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +33,6 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, RUN = ROOT / "nbs", ROOT / "_run"
-LOCAL_SOCKETS = Config({"KernelManager": {"transport": "ipc"}})  # the kernels listen to nobody else
 
 
 # ---------------------------------------------------------------- execute
@@ -54,15 +54,13 @@ def execute(path: Path, fast: bool) -> Path:
     with FileLock(copy.with_suffix(".lock")):
         if copy.exists() and json.loads(copy.read_text("utf8"))["metadata"].get("key") == key.hexdigest():
             return copy
-        running = copy.with_suffix(".running")
-        try:
-            options = {"kernel_name": "python3", "cwd": path.parent, "progress_bar": False, "config": LOCAL_SOCKETS}
+        with tempfile.TemporaryDirectory() as folder:  # the kernel's sockets: no port that others could reach
+            sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+            options = {"kernel_name": "python3", "cwd": path.parent, "progress_bar": False, "config": sockets}
             nb = papermill.execute_notebook(path, None, {"fast": fast}, **options)
-            nb.metadata["key"] = key.hexdigest()
-            nbformat.write(nb, running)
-            running.replace(copy)
-        finally:
-            running.unlink(missing_ok=True)
+        nb.metadata["key"] = key.hexdigest()
+        nbformat.write(nb, copy.with_suffix(".new"))
+        copy.with_suffix(".new").replace(copy)
     return copy
 
 

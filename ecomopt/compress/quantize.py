@@ -48,7 +48,7 @@ class _Activations:
 
 _quantize_activations = _Activations()
 
-# %% ../../nbs/compress/23_quantize.ipynb #9f86a495
+# %% ../../nbs/compress/23_quantize.ipynb #1ca0b0c2
 class Int8Linear(nn.Module):
     "A linear layer with int8 weights and dynamically quantized inputs (Jacob et al. 2018)."
 
@@ -70,6 +70,8 @@ class Int8Linear(nn.Module):
         integers, scale, zero = _quantize_activations(x)
         return torch.ops.onednn.qlinear_pointwise(integers, scale, zero, packed, self.scale, zeros, self.bias,
             1.0, 0, torch.float32, self.activation, [], "none")
+
+    def __getstate__(self) -> dict: return {**self.__dict__, "_packed": None}  # packed weights cannot be copied
 
     def spec(self) -> dict:
         "Say how to make an empty one."

@@ -70,7 +70,7 @@ def _remove(artifact: Path) -> None:
     for name in [*_manifest(artifact)["files"], "artifact.json"]: (artifact / name).unlink(missing_ok=True)
     artifact.rmdir()
 
-# %% ../../nbs/core/13_artifact.ipynb #f7a6ab02
+# %% ../../nbs/core/13_artifact.ipynb #2ad5edb0
 def _manifest(path: Path) -> dict:
     "Read `artifact.json` and refuse names that lead outside or are no plain data."
     where = str(path / "artifact.json")
@@ -80,7 +80,7 @@ def _manifest(path: Path) -> dict:
             "Pass a directory written by ecomopt.save; for a Hugging Face model use load_model.") from error
     except ValueError as error:
         raise EcomoptError(f"artifact.json is damaged: {error}", where, "Copy the artifact again, or make it again.") from error
-    if about.get("format") != 1 or not isinstance(about.get("files"), dict):
+    if not isinstance(about, dict) or about.get("format") != 1 or not {"files", "modules", "max_length"} <= about.keys():
         raise EcomoptError("artifact.json has an unknown format.", where, "Update ecomopt, or make the artifact again.")
     for name in about["files"]:
         if Path(name).name != name or Path(name).suffix not in SUFFIXES:

@@ -92,7 +92,7 @@ def interleave(
                 seconds[name].append(perf_counter() - start)
     return {name: np.array(s).reshape(len(turns), -1) for name, s in seconds.items()}
 
-# %% ../../nbs/core/14_measure.ipynb #831ac97d
+# %% ../../nbs/core/14_measure.ipynb #30d5e795
 MACS_TOKENS = 32  # the length of the sentence that MACs are counted for
 
 
@@ -110,7 +110,8 @@ def count_macs(
 ) -> int:                       # multiply-adds in all matrix products, attention included
     "Count the multiply-adds of one sentence by running it."
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    known = {torch.ops.quantized.linear_dynamic: _int8_flops, torch.ops.aten._int_mm: _int8_flops}
+    operations = torch.ops.quantized.linear_dynamic, torch.ops.onednn.qlinear_pointwise, torch.ops.aten._int_mm
+    known = {operation: _int8_flops for operation in operations}
     with FlopCounterMode(display=False, custom_mapping=known) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return counter.get_total_flops() // 2
@@ -190,7 +191,7 @@ class Pair:
     latency_speedup: float                         # of one sentence at a time; median of the rounds' ratios of p50
     latency_speedup_iqr: tuple[float, float]       # middle half of the rounds
 
-# %% ../../nbs/core/14_measure.ipynb #7d676776
+# %% ../../nbs/core/14_measure.ipynb #8483c13a
 def plot_tradeoff(
     measurements: dict[str, Measurement],  # the first is the baseline
 ) -> plt.Figure:
@@ -208,6 +209,8 @@ def plot_tradeoff(
         axis.annotate(f"{name}\n{m.disk_bytes / 1e6:.1f} MB", (m.throughput, high), xytext=(0, 4),
                       textcoords="offset points", ha="center")
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(plt.LogFormatter())
+    axis.xaxis.set_minor_formatter(plt.LogFormatter(minor_thresholds=(1.5, 0.5)))
     axis.margins(0.25)
     axis.set(xlabel="sentences per second (log scale)", ylabel="accuracy, 95 % interval",
              title=f"{baseline.task}, {baseline.split} split: {baseline.sentences} sentences")

@@ -102,7 +102,7 @@ def fingerprint(
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/core/12_train.ipynb #19b08d35
+# %% ../../nbs/core/12_train.ipynb #4692210c
 def training_arguments(
     epochs: float,         # passes over the data
     learning_rate: float,  # the highest rate of the schedule
@@ -114,7 +114,8 @@ def training_arguments(
     for name, value in dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size).items():
         if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
     defaults = dict(output_dir=str(cache_dir() / "trainer"), save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-        train_sampling_strategy="group_by_length", warmup_steps=0.1, weight_decay=0.01, bf16=has_bf16(), optim="adamw_torch_fused")
+        train_sampling_strategy="group_by_length", warmup_steps=0.1, weight_decay=0.01, bf16=has_bf16(),
+        optim="adamw_torch_fused", dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         seed=seed, **{**defaults, **others})
 

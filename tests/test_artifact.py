@@ -1,0 +1,98 @@
+"""Artifacts: what is saved is what is loaded, and nothing else is ever read."""
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import tiny
+from ecomopt import EcomoptError, load, save
+from ecomopt.compress.quantize import quantize
+from ecomopt.core import artifact
+from ecomopt.core.train import fingerprint
+
+TEXTS = ["good", "the battery is awful", "not bad"]
+
+
+@pytest.fixture
+def path(tmp_path): return save(tiny.classifier(), tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [lambda c: c, quantize, lambda c: quantize(c, embedding_bits=4)], ids=["float", "int8", "int4"])
+def test_a_fresh_process_gives_the_same_answers(tmp_path, change):
+    model = change(tiny.classifier())
+    path = save(model, tmp_path / "model", recipe=[{"step": "test"}], measurements=[{"accuracy": 0.5}])
+    code = "import json, sys, ecomopt; print(json.dumps(ecomopt.load(sys.argv[1]).logits(sys.argv[2:]).tolist()))"
+    done = subprocess.run([sys.executable, "-c", code, str(path), *TEXTS], capture_output=True, text=True, check=True)
+    assert torch.allclose(torch.tensor(json.loads(done.stdout)), model.logits(TEXTS), atol=1e-6)
+    assert fingerprint(load(path)) == fingerprint(model)
+
+
+def test_only_plain_data_is_written(path):
+    assert {file.suffix for file in path.iterdir()} <= artifact.SUFFIXES
+
+
+def test_an_earlier_artifact_is_replaced(path):
+    other = tiny.classifier(seed=1)
+    save(other, path)
+    assert fingerprint(load(path)) == fingerprint(other)
+
+
+def test_another_directory_is_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("precious")
+    with pytest.raises(EcomoptError, match="something else"): save(tiny.classifier(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_file(path, name):
+    (path / name).unlink()
+    with pytest.raises(EcomoptError, match=f"'{name}' is missing"): load(path)
+
+
+@given(data=st.data())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_altered_byte_is_noticed(path, data):
+    name = data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
+    original = (path / name).read_bytes()
+    place = data.draw(st.integers(0, len(original) - 1))
+    altered = bytearray(original)
+    altered[place] ^= data.draw(st.integers(1, 255))
+    (path / name).write_bytes(altered)
+    with pytest.raises(EcomoptError, match=f"'{name}' was altered"): load(path)
+    (path / name).write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pkl", "model.pt", "../config.json", "/etc/passwd", "sub/config.json"])
+def test_files_that_are_not_plain_data_of_its_own(path, name):
+    about = json.loads((path / "artifact.json").read_text())
+    (path / "artifact.json").write_text(json.dumps({**about, "files": {**about["files"], name: "0"}}))
+    with pytest.raises(EcomoptError, match="not plain data"): load(path)
+
+
+def test_modules_of_other_packages_are_not_imported(path, monkeypatch):
+    about = json.loads((path / "artifact.json").read_text())
+    about["modules"] = {"classifier": {"class": "os.system", "spec": {}}}
+    (path / "artifact.json").write_text(json.dumps(about))
+    with pytest.raises(EcomoptError, match="not one of ecomopt"): load(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_a_damaged_manifest(path, content):
+    (path / "artifact.json").write_text(content)
+    with pytest.raises(EcomoptError): load(path)
+
+
+def test_no_artifact(tmp_path):
+    with pytest.raises(EcomoptError, match="not an artifact"): load(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(EcomoptError, match="disk is full"): save(tiny.classifier(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())

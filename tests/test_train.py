@@ -1,0 +1,93 @@
+"""Fine-tuning: the cache, the seeds, the class around a model."""
+import pytest
+import torch
+
+import tiny
+from ecomopt import EcomoptError
+from ecomopt.core import train
+from ecomopt.core.train import fingerprint, finetune, load_model, training_arguments
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A local Hugging Face directory, and an empty cache."""
+    monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path / "cache"))
+    model = tiny.classifier()
+    model.model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_learns_the_task(checkpoint):
+    task = tiny.task()
+    learned = finetune(checkpoint, task, epochs=15, learning_rate=3e-3, batch_size=8)
+    assert learned.predict(task.test["text"]) == [task.labels[i] for i in task.test["label"]]
+
+
+def test_a_finished_training_is_not_repeated(checkpoint, monkeypatch):
+    task = tiny.task()
+    first = finetune(checkpoint, task, epochs=1)
+    monkeypatch.setattr(train, "Trainer", None)  # a second training would fail
+    assert fingerprint(finetune(checkpoint, task, epochs=1)) == fingerprint(first)
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=1e-4), dict(epochs=2), dict(weight_decay=0.5)])
+def test_every_setting_makes_another_training(checkpoint, change):
+    task = tiny.task()
+    assert fingerprint(finetune(checkpoint, task, **{"epochs": 1, **change})) != fingerprint(finetune(checkpoint, task, epochs=1))
+
+
+def test_the_same_seed_gives_the_same_model(checkpoint, monkeypatch, tmp_path):
+    task = tiny.task()
+    first = fingerprint(finetune(checkpoint, task, epochs=1, seed=3))
+    monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path / "another"))
+    assert fingerprint(finetune(checkpoint, task, epochs=1, seed=3)) == first
+
+
+def test_a_killed_training_leaves_nothing(checkpoint, monkeypatch, tmp_path):
+    def killed(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(train.Trainer, "train", killed)
+    with pytest.raises(KeyboardInterrupt): finetune(checkpoint, tiny.task(), epochs=1)
+    assert not list((tmp_path / "cache" / "finetune").glob("[!.]*"))
+
+
+def test_order_and_company_do_not_matter():
+    model = tiny.classifier()
+    texts = ["good", "the battery is awful and very very slow", "", "x" * 1000, "not bad"]
+    alone = torch.cat([model.logits([text]) for text in texts])
+    assert torch.allclose(model.logits(texts), alone, atol=1e-5)
+    assert torch.allclose(model.logits(texts[::-1]), alone.flip(0), atol=1e-5)
+
+
+def test_a_million_characters_are_cut():
+    model = tiny.classifier()
+    assert len(model.encode(["very bad " * 120_000])[0]) == model.max_length
+
+
+def test_no_texts_no_answers():
+    assert tiny.classifier().predict([]) == []
+
+
+def test_a_string_is_not_a_list():
+    with pytest.raises(EcomoptError, match="single string"): tiny.classifier().predict("good")
+
+
+@pytest.mark.parametrize("wrong", [dict(epochs=0), dict(learning_rate=0), dict(learning_rate=float("nan")), dict(batch_size=-1)])
+def test_impossible_settings(wrong):
+    with pytest.raises(EcomoptError, match="Give a number above 0"):
+        training_arguments(**{"epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "seed": 0, **wrong})
+
+
+def test_an_unknown_model_names_the_known_ones():
+    with pytest.raises(EcomoptError, match="minilm"): load_model("no/such-model", ["a", "b"])
+
+
+def test_a_pickled_checkpoint_is_refused(checkpoint):
+    weights = load_model(checkpoint, ("negative", "positive")).model.state_dict()
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    with pytest.raises(EcomoptError, match="safetensors"): load_model(checkpoint, ("negative", "positive"))
+
+
+def test_three_classes(checkpoint):
+    assert load_model(checkpoint, ("a", "b", "c")).logits(["good"]).shape == (1, 3)

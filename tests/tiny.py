@@ -1,0 +1,43 @@
+"""Small random models, so that tests take milliseconds."""
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from ecomopt.core.data import Task
+from ecomopt.core.train import Classifier
+
+WORDS = "the a is was it battery screen phone works broke great awful good bad very not love hate fast slow".split()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of a few words and all letters."""
+    letters = [chr(c) for c in range(97, 123)]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer()
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def classifier(seed: int = 0, layers: int = 3, hidden: int = 64, labels: tuple[str, ...] = ("negative", "positive")) -> Classifier:
+    """A random BERT with a tokenizer."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    ids = dict(enumerate(labels))
+    config = BertConfig(vocab_size=len(words), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * hidden, id2label=ids, label2id={v: k for k, v in ids.items()})
+    return Classifier(BertForSequenceClassification(config).eval(), words)
+
+
+def task(rows: int = 60, seed: int = 0) -> Task:
+    """Synthetic sentences whose label is decided by one word."""
+    generator = torch.Generator().manual_seed(seed)
+    def sentence(i: int) -> dict:
+        body = [WORDS[j] for j in torch.randint(8, (5,), generator=generator).tolist()]
+        return {"text": " ".join([*body, ("bad", "good")[i % 2]]), "label": i % 2, "group": str(i)}
+    splits = [Dataset.from_list([sentence(i) for i in range(n)]) for n in (rows, 20, 20)]
+    transfer = Dataset.from_list([{"text": sentence(i)["text"], "domain": "synthetic"} for i in range(rows)])
+    return Task("tiny", ("negative", "positive"), *splits, transfer)
