@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['EcomoptError']
 
-# %% ../nbs/core/00_package.ipynb #ce38506b
+# %% ../nbs/core/00_package.ipynb #542aa617
 import importlib
 
+# %% ../nbs/core/00_package.ipynb #881c3aed
 __version__ = "0.1.0"
 
 # %% ../nbs/core/00_package.ipynb #ed3b0901

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
-
 import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from ecomopt import EcomoptError, load, save
 from ecomopt.compress.quantize import quantize
 from ecomopt.core import artifact

@@ -1,16 +1,16 @@
 """Distillation: the loss, and a Trainer that computes it whatever the batches are."""
 import pytest
+import tiny
 import torch
-from datasets import Dataset
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, Trainer
 
-import tiny
 from ecomopt import EcomoptError
 from ecomopt.compress import distill as module
 from ecomopt.compress.distill import DistillationTrainer, distill, distillation_loss, keep_layers, teacher_logits
-from ecomopt.core.train import Classifier, fingerprint, tokenized, training_arguments
+from ecomopt.core.train import fingerprint, tokenized, training_arguments
 
 numbers = st.floats(-50, 50, width=32)
 

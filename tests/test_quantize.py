@@ -2,13 +2,22 @@
 import threading
 
 import pytest
+import tiny
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-import tiny
 from ecomopt import EcomoptError
-from ecomopt.compress.quantize import (Int8Linear, int8_linear, pack4, quantize, quantize_rows, quantized_embedding, unpack4)
+from ecomopt.compress.quantize import (
+    Int8Linear,
+    int8_linear,
+    pack4,
+    quantize,
+    quantize_rows,
+    quantized_embedding,
+    unpack4,
+)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(2, 8), st.floats(1e-6, 1e4), st.integers(0, 999))

@@ -12,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertForTokenClassification, BertTokenizer,
-    PreTrainedTokenizerFast)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForTokenClassification,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ecomopt import EcomoptError
 from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, shrink

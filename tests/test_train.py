@@ -1,11 +1,11 @@
 """Fine-tuning: the cache, the seeds, the class around a model."""
 import pytest
+import tiny
 import torch
 
-import tiny
 from ecomopt import EcomoptError
 from ecomopt.core import train
-from ecomopt.core.train import fingerprint, finetune, load_model, training_arguments
+from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
 
 @pytest.fixture

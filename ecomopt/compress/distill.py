@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['distillation_loss', 'DistillationTrainer', 'keep_layers', 'teacher_logits', 'distill']
 
-# %% ../../nbs/compress/20_distill.ipynb #1171234c
+# %% ../../nbs/compress/20_distill.ipynb #7edacb79
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +16,13 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from .. import EcomoptError
 from ..core.artifact import load, save
 from ..core.assets import cached
 from ..core.data import Task
-from ..core.train import Classifier, fingerprint, tokenized, training_arguments
+from ..core.train import Classifier, digest, fingerprint, settings_of, tokenized, training_arguments
 
 # %% ../../nbs/compress/20_distill.ipynb #7f70248d
 def distillation_loss(
@@ -79,7 +78,27 @@ class _CountingTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "teacher_logits"})
 
-# %% ../../nbs/compress/20_distill.ipynb #46bcecd3
+# %% ../../nbs/compress/20_distill.ipynb #48b78036
+def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, device) -> PreTrainedModel | None:
+    "Check that the teacher can teach this student, and freeze it."
+    if teacher is None:
+        if "teacher_logits" not in (getattr(data, "column_names", None) or ["teacher_logits"]):
+            raise EcomoptError("There is no teacher.", "DistillationTrainer", "Pass teacher_model, or a column teacher_logits.")
+        return None
+    for what in ("num_labels", "vocab_size"):
+        theirs, ours = getattr(teacher.config, what, None), getattr(student.config, what, None)
+        if ours != theirs:
+            raise EcomoptError(f"Teacher and student differ in {what}: {theirs} and {ours}.", "DistillationTrainer",
+                "Use one label space; where the tokenizers differ use distill(), which shows the teacher the text itself.")
+    return teacher.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def _answers(teacher: PreTrainedModel | None, inputs: dict, asked: dict) -> torch.Tensor:
+    "The teacher's logits, from the batch if they are there."
+    return inputs["teacher_logits"] if "teacher_logits" in inputs else teacher(**asked).logits
+
+# %% ../../nbs/compress/20_distill.ipynb #f121637d
 class DistillationTrainer(_CountingTrainer):
     "A `Trainer` whose student learns from a teacher (Hinton, Vinyals and Dean 2015)."
 
@@ -96,30 +115,14 @@ class DistillationTrainer(_CountingTrainer):
         self.teacher_model = _ready(teacher_model, self.model, self.train_dataset, self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        teacher, labels = inputs.pop("teacher_logits", None), inputs.pop("labels")
-        outputs = model(**inputs)
-        if teacher is None:
-            with torch.no_grad(): teacher = self.teacher_model(**inputs).logits
-        inputs["labels"] = labels
+        "Compare the student's answers with the teacher's and with the labels."
+        asked = {name: tensor for name, tensor in inputs.items() if name not in ("labels", "teacher_logits")}
+        outputs = model(**asked)
         student, labels, real = _rows(outputs.logits, inputs)
-        teacher, divisors = _rows(teacher, inputs)[0], self.divisors if model.training else (None, None)
+        teacher = _rows(_answers(self.teacher_model, inputs, asked), inputs)[0]
+        divisors = self.divisors if model.training else (None, None)
         loss = distillation_loss(student[real], teacher[real], labels[real], self.temperature, self.alpha, *divisors)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
-
-# %% ../../nbs/compress/20_distill.ipynb #de5dd80b
-def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, device) -> PreTrainedModel | None:
-    "Check that the teacher can teach this student, and freeze it."
-    if teacher is None:
-        if "teacher_logits" not in (getattr(data, "column_names", None) or ["teacher_logits"]):
-            raise EcomoptError("There is no teacher.", "DistillationTrainer", "Pass teacher_model, or a column teacher_logits.")
-        return None
-    for what in ("num_labels", "vocab_size"):
-        theirs, ours = getattr(teacher.config, what, None), getattr(student.config, what, None)
-        if ours != theirs:
-            raise EcomoptError(f"Teacher and student differ in {what}: {theirs} and {ours}.", "DistillationTrainer",
-                "Use one label space; where the tokenizers differ use distill(), which shows the teacher the text itself.")
-    return teacher.eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/compress/20_distill.ipynb #846b2dd8
 def keep_layers(
@@ -142,34 +145,31 @@ def keep_layers(
     model.config.num_hidden_layers = len(layers)
     return Classifier(model, classifier.tokenizer, classifier.max_length)
 
-# %% ../../nbs/compress/20_distill.ipynb #9cb20c13
+# %% ../../nbs/compress/20_distill.ipynb #8fda0453
 def teacher_logits(
     teacher: Classifier,   # who answers
     texts: Sequence[str],  # the questions
 ) -> torch.Tensor:         # [len(texts), C], float32
     "Ask the teacher once; ever after, read its answers from the cache."
-    digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     answer = lambda directory: save_file({"logits": teacher.logits(texts)}, directory / "logits.safetensors")
-    folder = cached("logits", dict(teacher=fingerprint(teacher), texts=digest), answer)
+    folder = cached("logits", dict(teacher=fingerprint(teacher), texts=digest(list(texts))), answer)
     return load_file(folder / "logits.safetensors")["logits"]
 
-# %% ../../nbs/compress/20_distill.ipynb #3f9f04a5
-def _training_rows(teacher: Classifier, student: Classifier, task: Task) -> Dataset:
-    "Labelled and unlabelled sentences in the student's tokens, with the teacher's logits."
-    texts, labels = list(task.train["text"]), list(task.train["label"])
-    if task.transfer is not None: texts, labels = texts + list(task.transfer["text"]), labels + [-100] * len(task.transfer)
-    rows = tokenized(student, Dataset.from_dict({"text": texts, "label": labels}))
-    return rows.add_column("teacher_logits", teacher_logits(teacher, texts).tolist())
+# %% ../../nbs/compress/20_distill.ipynb #33cad8e6
+def _texts(task: Task) -> tuple[list[str], list[int]]:
+    "Labelled and unlabelled sentences; a label of -100 is none."
+    return [*task.train["text"], *task.transfer["text"]], [*task.train["label"], *[-100] * len(task.transfer)]
 
 
-def _prepare(student: Classifier, train_embeddings: bool) -> None:
-    "Switch dropout off and freeze the embeddings."
-    for module in student.model.modules():
+def _prepared(student: Classifier) -> Classifier:
+    "A copy without dropout and with frozen word embeddings."
+    model = copy.deepcopy(student.model).requires_grad_(True)
+    for module in model.modules():
         if isinstance(module, nn.Dropout): module.p = 0.0
-    student.model.requires_grad_(True)
-    student.model.get_input_embeddings().requires_grad_(train_embeddings)
+    model.get_input_embeddings().requires_grad_(False)
+    return Classifier(model, student.tokenizer, student.max_length)
 
-# %% ../../nbs/compress/20_distill.ipynb #a70493af
+# %% ../../nbs/compress/20_distill.ipynb #40252e10
 def distill(
     teacher: Classifier,                              # who is imitated
     task: Task,                                       # its train split, and its transfer texts
@@ -180,26 +180,28 @@ def distill(
     temperature: float = 2.0,                         # T > 0
     alpha: float = 0.9,                               # weight of the soft loss, 0…1
     seed: int = 0,                                    # of the order of the data
-    train_embeddings: bool = False,                   # also move the word embeddings
     callbacks: Sequence = (),                         # `transformers.TrainerCallback`s
     **others,                                         # any other field of `TrainingArguments`
 ) -> Classifier:                                      # the trained student
     "Distill a teacher into a smaller student; a finished training is read from the cache."
     _check(temperature, alpha)
-    student = copy.copy(student) if isinstance(student, Classifier) else keep_layers(teacher, student)
+    if not isinstance(student, Classifier): student = keep_layers(teacher, student)
     if student.labels != teacher.labels:
         raise EcomoptError(f"The labels differ: {teacher.labels} and {student.labels}.", "distill", "Use one label space, in one order.")
-    settings = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
-    args = training_arguments(**settings, **others)
-    key = dict(settings, teacher=fingerprint(teacher), student=fingerprint(student), task=task.fingerprint, temperature=temperature,
-        alpha=alpha, train_embeddings=train_embeddings, others=repr(others), bf16=args.bf16)
+    args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
+    loss = dict(temperature=temperature, alpha=alpha)
+    texts, labels = _texts(task)
+    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]), args=settings_of(args))
+    return load(cached("distill", key, partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))) / "student")
 
-    def train(directory: Path):
-        learner = copy.deepcopy(student)
-        _prepare(learner, train_embeddings)
-        set_seed(seed)
-        DistillationTrainer(learner.model, args, train_dataset=_training_rows(teacher, learner, task), temperature=temperature,
-            alpha=alpha, callbacks=list(callbacks), data_collator=DataCollatorWithPadding(learner.tokenizer)).train()
-        save(learner, directory / "student")
-
-    return load(cached("distill", key, train) / "student")
+# %% ../../nbs/compress/20_distill.ipynb #d6caeba3
+def _train(teacher: Classifier, student: Classifier, texts: list[str], labels: list[int], args: TrainingArguments, loss: dict,
+           callbacks: list, directory: Path) -> None:
+    "Train a copy of the student and save it."
+    set_seed(args.seed)
+    student = _prepared(student)
+    rows = tokenized(student, Dataset.from_dict({"text": texts, "label": labels}))
+    rows = rows.add_column("teacher_logits", teacher_logits(teacher, texts).tolist())
+    DistillationTrainer(student.model, args, train_dataset=rows, callbacks=callbacks,
+        data_collator=DataCollatorWithPadding(student.tokenizer), **loss).train()
+    save(student, directory / "student")

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['quantize_rows', 'Int8Linear', 'int8_linear', 'pack4', 'unpack4', 'QuantizedEmbedding', 'quantized_embedding',
-           'quantize', 'Nothing']
+           'Nothing', 'quantize']
 
-# %% ../../nbs/compress/23_quantize.ipynb #d27d4606
+# %% ../../nbs/compress/23_quantize.ipynb #6527b693
 import copy
 import weakref
 
 import torch
 from torch import nn
+from transformers.activations import GELUActivation
 
 from .. import EcomoptError
+from ..core.artifact import Rebuildable
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/23_quantize.ipynb #1872cf84
@@ -48,9 +50,10 @@ class _Activations:
 
 _quantize_activations = _Activations()
 
-# %% ../../nbs/compress/23_quantize.ipynb #1ca0b0c2
-class Int8Linear(nn.Module):
+# %% ../../nbs/compress/23_quantize.ipynb #e147295d
+class Int8Linear(Rebuildable):
     "A linear layer with int8 weights and dynamically quantized inputs (Jacob et al. 2018)."
+    settings = "in_features", "out_features", "activation"
 
     def __init__(self,
         in_features: int,         # n
@@ -59,11 +62,11 @@ class Int8Linear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.activation, self._packed = in_features, out_features, activation, None
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(out_features))
-        self.register_buffer("bias", torch.zeros(out_features))
+        for name, value in dict(weight=torch.zeros(out_features, in_features, dtype=torch.int8), scale=torch.ones(out_features),
+                                bias=torch.zeros(out_features)).items(): self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m]
+        "Equation (4), and the activation function."
         if self._packed is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight, None), torch.zeros(self.out_features, dtype=torch.int64)
         packed, zeros = self._packed
@@ -72,15 +75,6 @@ class Int8Linear(nn.Module):
             1.0, 0, torch.float32, self.activation, [], "none")
 
     def __getstate__(self) -> dict: return {**self.__dict__, "_packed": None}  # packed weights cannot be copied
-
-    def spec(self) -> dict:
-        "Say how to make an empty one."
-        return dict(in_features=self.in_features, out_features=self.out_features, activation=self.activation)
-
-    @classmethod
-    def rebuild(cls, old: nn.Module, **spec) -> "Int8Linear":
-        "Make an empty one in the place of `old`."
-        return cls(**spec)
 
 # %% ../../nbs/compress/23_quantize.ipynb #90a71725
 def int8_linear(
@@ -108,9 +102,10 @@ def unpack4(
     "Undo `pack4`."
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8
 
-# %% ../../nbs/compress/23_quantize.ipynb #7dcd407e
-class QuantizedEmbedding(nn.Module):
+# %% ../../nbs/compress/23_quantize.ipynb #9d78d5d0
+class QuantizedEmbedding(Rebuildable):
     "An embedding table in int8 or int4, with a scale for each group of weights."
+    settings = "num_embeddings", "embedding_dim", "bits", "group"
 
     def __init__(self,
         num_embeddings: int,   # rows
@@ -125,17 +120,9 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("scale", torch.ones(num_embeddings, embedding_dim // group, dtype=torch.float16))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] → [..., embedding_dim], float32
+        "Look up rows and turn them back into numbers."
         rows = self.weight[ids] if self.bits == 8 else unpack4(self.weight[ids])
         return (rows.unflatten(-1, (-1, self.group)) * self.scale[ids].float()[..., None]).flatten(-2)
-
-    def spec(self) -> dict:
-        "Say how to make an empty one."
-        return dict(num_embeddings=self.num_embeddings, embedding_dim=self.embedding_dim, bits=self.bits, group=self.group)
-
-    @classmethod
-    def rebuild(cls, old: nn.Module, **spec) -> "QuantizedEmbedding":
-        "Make an empty one in the place of `old`."
-        return cls(**spec)
 
 # %% ../../nbs/compress/23_quantize.ipynb #2499536b
 def quantized_embedding(
@@ -154,7 +141,20 @@ def quantized_embedding(
     new.weight, new.scale = integers if bits == 8 else pack4(integers), scale.reshape(rows, -1).half()
     return new
 
-# %% ../../nbs/compress/23_quantize.ipynb #e4180e82
+# %% ../../nbs/compress/23_quantize.ipynb #8fcc95d2
+class Nothing(Rebuildable, nn.Identity):
+    "The place of an activation function that the layer before has taken over."
+
+
+def _fuse_gelu(model: nn.Module) -> None:
+    "Quantize the layers that a GELU follows, and let them apply it."
+    for module in model.modules():
+        linear, follows = _GELU.get(type(module).__name__, (None, None))
+        if follows and isinstance(getattr(module, follows), GELUActivation):
+            setattr(module, linear, int8_linear(getattr(module, linear), "gelu"))
+            setattr(module, follows, Nothing())
+
+# %% ../../nbs/compress/23_quantize.ipynb #45c43c69
 _GELU = {"BertIntermediate": ("dense", "intermediate_act_fn"), "FFN": ("lin1", "activation")}  # linear layer and what follows it
 
 
@@ -163,28 +163,11 @@ def quantize(
     embedding_bits: int = 8,   # 8 or 4
 ) -> Classifier:               # a copy; float parameters remain in the norms alone
     "Quantize linear layers to int8 and embeddings to int8 or int4, after training and without calibration data."
-    model = copy.deepcopy(classifier.model).float().eval().requires_grad_(False)
-    if any(isinstance(m, Int8Linear) for m in model.modules()):
+    if any(isinstance(m, Int8Linear) for m in classifier.model.modules()):
         raise EcomoptError("The model is quantized already.", "quantize", "Pass the float model.")
-    for module in model.modules():
-        linear, follows = _GELU.get(type(module).__name__, (None, None))
-        if follows and model.config.to_dict().get("hidden_act", model.config.to_dict().get("activation")) == "gelu":
-            setattr(module, linear, int8_linear(getattr(module, linear), "gelu"))
-            setattr(module, follows, Nothing())
+    model = copy.deepcopy(classifier.model).float().eval().requires_grad_(False)
+    _fuse_gelu(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear): model.set_submodule(name, int8_linear(module))
         if isinstance(module, nn.Embedding): model.set_submodule(name, quantized_embedding(module, embedding_bits))
     return Classifier(model, classifier.tokenizer, classifier.max_length)
-
-
-class Nothing(nn.Identity):
-    "The place of an activation function that the layer before has taken over."
-
-    def spec(self) -> dict:
-        "Say how to make an empty one."
-        return {}
-
-    @classmethod
-    def rebuild(cls, old: nn.Module) -> "Nothing":
-        "Make one in the place of `old`."
-        return cls()

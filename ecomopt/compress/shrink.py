@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShrunkLinear', 'FirstTokenLayer', 'shrink']
 
-# %% ../../nbs/compress/22_shrink.ipynb #838bbda6
+# %% ../../nbs/compress/22_shrink.ipynb #7361eaa2
 import copy
 import json
 import tempfile
@@ -18,8 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (AutoTokenizer, BertForSequenceClassification, DistilBertForSequenceClassification, PreTrainedModel,
-    PreTrainedTokenizerBase)
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import EcomoptError
 from ..core.data import Task
@@ -92,35 +98,35 @@ def _taylor(classifier: Classifier, layers: nn.ModuleList, plan: list[_Units], t
     for hook in hooks: hook.remove()
     return [score / len(task.train) for score in scores]
 
-# %% ../../nbs/compress/22_shrink.ipynb #6ba4e7e1
+# %% ../../nbs/compress/22_shrink.ipynb #aa2213ee
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     "The list of a model's layers."
     return model.base_model.get_submodule(_PARTS[model.config.model_type]["layers"])
 
 
+def _tell(config: PreTrainedConfig, kind: str, keep: int) -> bool:
+    "Write a number of units that all layers share into the configuration, if it has a place for it."
+    if kind == "neurons":
+        setattr(config, _PARTS[config.model_type]["width"], keep)
+        return True
+    group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if not hasattr(config, "head_dim") or config.hidden_size % (keep * group): return False
+    config.num_attention_heads, config.num_key_value_heads = keep * group, keep
+    return True
+
+# %% ../../nbs/compress/22_shrink.ipynb #d6d670c6
 def _cut_units(classifier: Classifier, plan: list[_Units], importance: str, task: Task | None, seed: int) -> None:
     "Keep the most important units of each layer."
-    layers, config, generator = _layers(classifier.model), classifier.model.config, torch.Generator().manual_seed(seed)
+    layers, generator, told = _layers(classifier.model), torch.Generator().manual_seed(seed), {}
     if importance == "taylor": scores = _taylor(classifier, layers, plan, task)
     elif importance == "magnitude": scores = [_magnitude(layers[units.layer], units) for units in plan]
     else: scores = [torch.rand(units.total, generator=generator) for units in plan]
-    told = {}
     for kind in ("heads", "neurons"):
         sizes = {units.keep for units in plan if units.kind == kind}
-        if len(sizes) == 1: told[kind] = _tell(config, kind, *sizes)
+        told[kind] = len(sizes) == 1 and _tell(classifier.model.config, kind, *sizes)
     for units, score in zip(plan, scores):
         keep = score.topk(units.keep).indices.sort().values
-        _cut(layers[units.layer], units, keep, nn.Linear if told.get(units.kind) else ShrunkLinear)
-
-
-def _tell(config, kind: str, keep: int) -> bool:
-    "Write a number of units that is the same in all layers into the configuration, if it has a place for it."
-    if kind == "neurons": setattr(config, _PARTS[config.model_type]["width"], keep)
-    else:
-        group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-        if not hasattr(config, "head_dim") or config.hidden_size % (keep * group): return False
-        config.num_attention_heads, config.num_key_value_heads = keep * group, keep
-    return True
+        _cut(layers[units.layer], units, keep, nn.Linear if told[units.kind] else ShrunkLinear)
 
 # %% ../../nbs/compress/22_shrink.ipynb #f5088e6e
 def _attend(part: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -156,7 +162,7 @@ class FirstTokenLayer(nn.Module):
         "Make one of the parts of `old`."
         return cls(old)
 
-# %% ../../nbs/compress/22_shrink.ipynb #fc4e2569
+# %% ../../nbs/compress/22_shrink.ipynb #07ab4474
 def _needed(model: dict, used: set[int]) -> set[int]:
     "The ids of the tokens that are used, and of those without which they, or other texts, could not be written."
     vocabulary = model["vocab"]
@@ -171,7 +177,7 @@ def _needed(model: dict, used: set[int]) -> set[int]:
         waiting += [part for part in parts.get(token, ()) if vocabulary[part] not in needed]
     return needed
 
-
+# %% ../../nbs/compress/22_shrink.ipynb #8259a722
 def _trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[PreTrainedTokenizerBase, list[int]]:
     "A tokenizer with the needed tokens alone, and the old id of each."
     plan = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -210,7 +216,7 @@ def _trim(classifier: Classifier, texts: list[str]) -> Classifier:
         for name, i in names.items(): setattr(config, name, [new[j] for j in i] if isinstance(i, list) else new.get(i))
     return small
 
-# %% ../../nbs/compress/22_shrink.ipynb #c4e1ec5b
+# %% ../../nbs/compress/22_shrink.ipynb #ad8b8fa3
 def _kept_layers(wanted: int | Sequence[int] | None, total: int) -> list[int]:
     "The indices of the layers to keep."
     if wanted is None: return list(range(total))
@@ -222,6 +228,64 @@ def _kept_layers(wanted: int | Sequence[int] | None, total: int) -> list[int]:
         raise EcomoptError(f"The layers {list(wanted)} cannot be kept of {total}.", "argument layers",
             f"Give indices from 0 to {total - 1}, each once, in rising order.")
     return list(wanted)
+
+# %% ../../nbs/compress/22_shrink.ipynb #690c090e
+def _units(i: int, layer: nn.Module, kind: str, keep: int, names: tuple[str, ...], size: int) -> _Units:
+    "What to keep of one layer; a unit has `size` rows in the narrowest of the maps that lead to it."
+    maps, where = [layer.get_submodule(name) for name in names], f"argument {kind}, layer {i}"
+    if not all(isinstance(linear, nn.Linear) for linear in maps):
+        raise EcomoptError("The layer has linear maps of another kind, perhaps quantized.", where, "Shrink first, then quantize.")
+    rows = [linear.out_features for linear in maps[:-1]]
+    total, group = min(rows) // size, max(rows) // min(rows)
+    if not isinstance(keep, Integral) or not 1 <= keep <= total * group:
+        raise EcomoptError(f"{keep!r} {kind} cannot be kept of {total * group}.", where, f"Give a whole number from 1 to {total * group}.")
+    if keep % group:
+        raise EcomoptError(f"{keep} heads do not divide into groups of {group} that share a key.", where, f"Give a multiple of {group}.")
+    return _Units(i, kind, names, total, int(keep) // group)
+
+
+def _plan(model: PreTrainedModel, kept: list[int], kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
+    "What to keep of the heads or the neurons of each kept layer."
+    if wanted is None: return []
+    wanted, config = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(kept), model.config
+    if len(wanted) != len(kept):
+        raise EcomoptError(f"{len(wanted)} numbers for {len(kept)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
+    size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [_units(i, _layers(model)[layer], kind, keep, _PARTS[config.model_type][kind], size) for i, (layer, keep) in enumerate(zip(kept, wanted))]
+
+# %% ../../nbs/compress/22_shrink.ipynb #e1be9ab0
+def _check_model(model: PreTrainedModel, first_token: bool) -> None:
+    known = type(model).__name__.endswith("ForSequenceClassification") or type(model).__name__ == "LlamaForCausalLM"
+    if model.config.model_type not in _PARTS or not known or getattr(model.config, "is_decoder", False):
+        raise EcomoptError(f"unsupported architecture {type(model).__name__}", "shrink",
+            "Use a classifier of type bert, distilbert or llama, or a llama language model.")
+    if first_token and not isinstance(model, (BertForSequenceClassification, DistilBertForSequenceClassification)):
+        raise EcomoptError(f"unsupported architecture {type(model).__name__}: it does not read its first token alone.",
+            "argument first_token", "Leave first_token out.")
+
+
+def _check_importance(classifier: Classifier, importance: str, task: Task | None) -> None:
+    if importance not in ("magnitude", "taylor", "random"):
+        raise EcomoptError(f"The importance {importance!r} is not known.", "argument importance", "Give 'magnitude', 'taylor' or 'random'.")
+    if importance != "taylor": return
+    if task is None or not len(task.train):
+        raise EcomoptError("There are no examples to take gradients on.", "argument task", "Pass the task, or importance='magnitude'.")
+    if not type(classifier.model).__name__.endswith("ForSequenceClassification") or classifier.labels != tuple(task.labels):
+        raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}",
+            "Pass the classifier's own task, or importance='magnitude'.")
+
+# %% ../../nbs/compress/22_shrink.ipynb #b609b4a9
+def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
+    texts = texts if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise EcomoptError("These are not texts.", "argument texts", "Pass a list of one text or more, as the shop will see them.")
+    backend = getattr(classifier.tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ not in ("WordPiece", "BPE"):
+        raise EcomoptError("Only the vocabularies of fast WordPiece and byte-pair tokenizers can be trimmed.",
+            f"tokenizer {type(classifier.tokenizer).__name__}", "Leave texts out.")
+    if type(classifier.model.get_input_embeddings()) is not nn.Embedding:
+        raise EcomoptError("The embedding is of another kind, perhaps quantized.", "argument texts", "Shrink first, then quantize.")
+    return texts
 
 
 def _drop_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
@@ -235,87 +299,25 @@ def _drop_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
             if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
     return model
 
-# %% ../../nbs/compress/22_shrink.ipynb #6c0076d1
-def _units(i: int, layer: nn.Module, kind: str, keep: int, names: tuple[str, ...], size: int) -> _Units:
-    "What to keep of one layer."
-    maps, where = [layer.get_submodule(name) for name in names], f"argument {kind}, layer {i}"
-    if not all(isinstance(linear, nn.Linear) for linear in maps):
-        raise EcomoptError("The layer has linear maps of another kind, perhaps quantized.", where, "Shrink first, then quantize.")
-    rows = [linear.out_features for linear in maps[:-1]]
-    total, group = min(rows) // size, max(rows) // min(rows)
-    if not isinstance(keep, Integral) or not 1 <= keep <= total * group:
-        raise EcomoptError(f"{keep!r} {kind} cannot be kept of {total * group}.", where, f"Give a whole number from 1 to {total * group}.")
-    if keep % group:
-        raise EcomoptError(f"{keep} heads do not divide into groups of {group} that share a key.", where, f"Give a multiple of {group}.")
-    return _Units(i, kind, names, total, int(keep) // group)
-
-
-def _plan(model: PreTrainedModel, kept: list[int], **wanted: int | Sequence[int] | None) -> list[_Units]:
-    "What to keep of the heads and neurons of each kept layer."
-    plan, config = [], model.config
-    for kind, numbers in wanted.items():
-        if numbers is None: continue
-        numbers = list(numbers) if isinstance(numbers, Sequence) else [numbers] * len(kept)
-        if len(numbers) != len(kept):
-            raise EcomoptError(f"{len(numbers)} numbers for {len(kept)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
-        size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        names = _PARTS[config.model_type][kind]
-        plan += [_units(i, _layers(model)[layer], kind, keep, names, size) for i, (layer, keep) in enumerate(zip(kept, numbers))]
-    return plan
-
-# %% ../../nbs/compress/22_shrink.ipynb #fc285197
-def _check_model(model: PreTrainedModel, first_token: bool) -> None:
-    known = type(model).__name__.endswith("ForSequenceClassification") or type(model).__name__ == "LlamaForCausalLM"
-    if model.config.model_type not in _PARTS or not known or getattr(model.config, "is_decoder", False):
-        raise EcomoptError(f"unsupported architecture {type(model).__name__}", "shrink",
-            "Use a classifier of type bert, distilbert or llama, or a llama language model.")
-    if first_token and not isinstance(model, (BertForSequenceClassification, DistilBertForSequenceClassification)):
-        raise EcomoptError(f"unsupported architecture {type(model).__name__}: it does not read its first token alone.",
-            "argument first_token", "Leave first_token out.")
-
-# %% ../../nbs/compress/22_shrink.ipynb #4463d260
-def _check_importance(classifier: Classifier, importance: str, task: Task | None) -> None:
-    if importance not in ("magnitude", "taylor", "random"):
-        raise EcomoptError(f"The importance {importance!r} is not known.", "argument importance", "Give 'magnitude', 'taylor' or 'random'.")
-    if importance != "taylor": return
-    if task is None or not len(task.train):
-        raise EcomoptError("There are no examples to take gradients on.", "argument task", "Pass the task, or importance='magnitude'.")
-    if not type(classifier.model).__name__.endswith("ForSequenceClassification") or classifier.labels != tuple(task.labels):
-        raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}",
-            "Pass the classifier's own task, or importance='magnitude'.")
-
-
-def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
-    texts = texts if isinstance(texts, str) else list(texts)
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-        raise EcomoptError("These are not texts.", "argument texts", "Pass a list of one text or more, as the shop will see them.")
-    backend = getattr(classifier.tokenizer, "backend_tokenizer", None)
-    if backend is None or type(backend.model).__name__ not in ("WordPiece", "BPE"):
-        raise EcomoptError("Only the vocabularies of fast WordPiece and byte-pair tokenizers can be trimmed.",
-            f"tokenizer {type(classifier.tokenizer).__name__}", "Leave texts out.")
-    if type(classifier.model.get_input_embeddings()) is not nn.Embedding:
-        raise EcomoptError("The embedding is of another kind, perhaps quantized.", "argument texts", "Shrink first, then quantize.")
-    return texts
-
-# %% ../../nbs/compress/22_shrink.ipynb #cc5564c7
+# %% ../../nbs/compress/22_shrink.ipynb #fb2d06d9
 def shrink(
-    classifier: Classifier,                       # a BERT, DistilBERT or LLaMA model; it is left as it is
+    classifier: Classifier,                      # a BERT, DistilBERT or LLaMA model; it is left as it is
     *,
-    layers: int | Sequence[int] | None = None,    # how many to keep, evenly spread with first and last; or which, counted from 0
-    neurons: int | Sequence[int] | None = None,   # feed-forward neurons to keep in each layer, or in each kept one
-    heads: int | Sequence[int] | None = None,     # attention heads, likewise
-    texts: Iterable[str] | None = None,           # keep only the tokens that these use, and what is needed to write others
-    first_token: bool = False,                    # compute the last layer for the first token alone, which is all that is read
-    importance: str = "magnitude",                # which units stay: "magnitude", "taylor" (needs task) or "random"
-    task: Task | None = None,                     # its train split is what "taylor" takes gradients on
-    seed: int = 0,                                # of "random"
-) -> Classifier:                                  # smaller, in evaluation mode; not yet trained again
+    layers: int | Sequence[int] | None = None,   # how many to keep, evenly spread with first and last; or which, counted from 0
+    neurons: int | Sequence[int] | None = None,  # feed-forward neurons to keep in every layer, or one number for each kept layer
+    heads: int | Sequence[int] | None = None,    # attention heads, likewise
+    texts: Iterable[str] | None = None,          # keep only the tokens that these use, and what is needed to write others
+    first_token: bool = False,                   # compute the last layer for the first token alone, which is all that is read
+    importance: str = "magnitude",               # which units stay: "magnitude", "taylor" (needs task) or "random"
+    task: Task | None = None,                    # its train split is what "taylor" takes gradients on
+    seed: int = 0,                               # of "random"
+) -> Classifier:                                 # smaller, in evaluation mode; not yet trained again
     "Take layers, neurons, heads and vocabulary rows out of a model (Michel et al. 2019; Molchanov et al. 2019)."
     _check_model(classifier.model, first_token)
     _check_importance(classifier, importance, task)
     if texts is not None: texts = _check_texts(classifier, texts)
     kept = _kept_layers(layers, len(_layers(classifier.model)))
-    plan = _plan(classifier.model, kept, heads=heads, neurons=neurons)
+    plan = _plan(classifier.model, kept, "heads", heads) + _plan(classifier.model, kept, "neurons", neurons)
     small = replace(classifier, model=_drop_layers(classifier.model, kept))
     _cut_units(small, plan, importance, task, seed)
     if texts is not None: small = _trim(small, texts)
