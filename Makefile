@@ -22,7 +22,7 @@ help:  ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: assets  ## Make a real review classifier smaller and faster, and show the table
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python -m tools.demo
 
 test: assets  ## Run all tests, the notebooks among them
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -34,7 +34,7 @@ site: assets  ## Execute the notebooks in full and build the site in _site/
 	@$(BIN)/python tools/site.py
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
-	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these
 	@$(BIN)/python -m nbconvert --log-level WARN --clear-output --inplace $(NOTEBOOKS)

@@ -26,7 +26,7 @@ class EcomoptError(Exception):
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  do:    {self.do}"
 
-# %% ../nbs/core/00_package.ipynb #714ac8dd
+# %% ../nbs/core/00_package.ipynb #967ba754
 _HOMES = {
     "core.assets": "ASSETS Asset fetch",
     "core.data": "Task load_task",
@@ -34,6 +34,7 @@ _HOMES = {
     "core.artifact": "load save",
     "core.measure": "Measurement compare measure",
     "compress.distill": "DistillationTrainer distill",
+    "compress.shrink": "shrink",
     "compress.quantize": "quantize",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

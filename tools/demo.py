@@ -1,5 +1,4 @@
 """The main job: run the quickstart in full, print its table, say where everything lies."""
-import importlib.util
 import shutil
 import threading
 import time
@@ -7,10 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-TOOLS = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("ecomopt_site", TOOLS / "site.py")  # "site" alone is Python's own
-site = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(site)
+from tools import site
 
 NOTEBOOK = site.NBS / "start" / "01_quickstart.ipynb"
 RESULTS = NOTEBOOK.parent / "quickstart"
@@ -28,11 +24,13 @@ def run() -> Path:
     start, done = time.time(), threading.Event()
 
     def tick():
-        while not done.wait(1): print(f"\rfine-tune, distill, quantize, measure, save, load … {time.time() - start:4.0f} s", end="", flush=True)
+        while not done.wait(1):
+            print(f"\rfine-tune, distill, quantize, measure, save, load … {time.time() - start:4.0f} s", end="", flush=True)
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    try: return site.execute(NOTEBOOK, fast=False)
+    try:
+        return site.execute(NOTEBOOK, fast=False)
     finally:
         done.set()
         ticker.join()
@@ -42,6 +40,6 @@ def run() -> Path:
 if __name__ == "__main__":
     print("The quickstart runs in full: a few minutes the first time, seconds after that.")
     executed = run()
-    print(f"\n{output_of(executed, 'comparison.table')}\n\n{output_of(executed, 'first, *_, last')}\n\n{output_of(executed, 'sentences =')}\n")
+    for start in ("comparison.table", "first, *_, last", "sentences ="): print(f"\n{output_of(executed, start)}")
     for name, path in (("notebook", executed), ("figure", RESULTS / "tradeoff.png"), ("artifact", RESULTS / "artifact")):
         print(f"{name:9} {path.relative_to(site.ROOT)}")

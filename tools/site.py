@@ -178,7 +178,7 @@ def benchmarks(results: list[Path]) -> str:
 def stage(executed: dict[Path, Path], to: Path) -> None:
     "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints", "quickstart*"))
     for path, copy in executed.items():
         page = NBProcessor(copy, [add_show_docs, references, title, hide_, tidy, texts])
         page.process()

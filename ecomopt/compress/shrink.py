@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShrunkLinear', 'FirstTokenLayer', 'shrink']
 
-# %% ../../nbs/compress/22_shrink.ipynb #7361eaa2
+# %% ../../nbs/compress/22_shrink.ipynb #a0f79041
 import copy
 import json
 import tempfile
@@ -18,20 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoTokenizer,
-    BertForSequenceClassification,
-    DistilBertForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import EcomoptError
 from ..core.data import Task
 from ..core.train import Classifier
 
-# %% ../../nbs/compress/22_shrink.ipynb #f746068a
+# %% ../../nbs/compress/22_shrink.ipynb #e855838e
 _PARTS = {
     "bert": dict(layers="encoder.layer", width="intermediate_size", neurons=("intermediate.dense", "output.dense"),
         heads=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")),
@@ -41,7 +34,7 @@ _PARTS = {
         heads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")),
 }
 
-# %% ../../nbs/compress/22_shrink.ipynb #2c6612c0
+
 class ShrunkLinear(nn.Linear):
     "A linear layer of a shape that the model's configuration does not tell."
 
@@ -98,35 +91,35 @@ def _taylor(classifier: Classifier, layers: nn.ModuleList, plan: list[_Units], t
     for hook in hooks: hook.remove()
     return [score / len(task.train) for score in scores]
 
-# %% ../../nbs/compress/22_shrink.ipynb #aa2213ee
+# %% ../../nbs/compress/22_shrink.ipynb #a9bbc872
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     "The list of a model's layers."
     return model.base_model.get_submodule(_PARTS[model.config.model_type]["layers"])
 
 
-def _tell(config: PreTrainedConfig, kind: str, keep: int) -> bool:
-    "Write a number of units that all layers share into the configuration, if it has a place for it."
-    if kind == "neurons":
-        setattr(config, _PARTS[config.model_type]["width"], keep)
-        return True
-    group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-    if not hasattr(config, "head_dim") or config.hidden_size % (keep * group): return False
-    config.num_attention_heads, config.num_key_value_heads = keep * group, keep
-    return True
+def _drop_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    "A copy of a model with these layers."
+    model = copy.deepcopy(model).eval()
+    layers = nn.ModuleList(_layers(model)[i] for i in kept)
+    model.base_model.set_submodule(_PARTS[model.config.model_type]["layers"], layers)
+    model.config.num_hidden_layers = len(kept)
+    for i, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
+    return model
 
-# %% ../../nbs/compress/22_shrink.ipynb #d6d670c6
+# %% ../../nbs/compress/22_shrink.ipynb #f84784df
 def _cut_units(classifier: Classifier, plan: list[_Units], importance: str, task: Task | None, seed: int) -> None:
     "Keep the most important units of each layer."
-    layers, generator, told = _layers(classifier.model), torch.Generator().manual_seed(seed), {}
+    layers, config, generator = _layers(classifier.model), classifier.model.config, torch.Generator().manual_seed(seed)
     if importance == "taylor": scores = _taylor(classifier, layers, plan, task)
     elif importance == "magnitude": scores = [_magnitude(layers[units.layer], units) for units in plan]
     else: scores = [torch.rand(units.total, generator=generator) for units in plan]
-    for kind in ("heads", "neurons"):
-        sizes = {units.keep for units in plan if units.kind == kind}
-        told[kind] = len(sizes) == 1 and _tell(classifier.model.config, kind, *sizes)
+    widths = {units.keep for units in plan if units.kind == "neurons"}
+    if len(widths) == 1: setattr(config, _PARTS[config.model_type]["width"], *widths)
     for units, score in zip(plan, scores):
-        keep = score.topk(units.keep).indices.sort().values
-        _cut(layers[units.layer], units, keep, nn.Linear if told[units.kind] else ShrunkLinear)
+        is_told = units.kind == "neurons" and len(widths) == 1
+        _cut(layers[units.layer], units, score.topk(units.keep).indices.sort().values, nn.Linear if is_told else ShrunkLinear)
 
 # %% ../../nbs/compress/22_shrink.ipynb #f5088e6e
 def _attend(part: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -216,7 +209,7 @@ def _trim(classifier: Classifier, texts: list[str]) -> Classifier:
         for name, i in names.items(): setattr(config, name, [new[j] for j in i] if isinstance(i, list) else new.get(i))
     return small
 
-# %% ../../nbs/compress/22_shrink.ipynb #ad8b8fa3
+# %% ../../nbs/compress/22_shrink.ipynb #d3ed288f
 def _kept_layers(wanted: int | Sequence[int] | None, total: int) -> list[int]:
     "The indices of the layers to keep."
     if wanted is None: return list(range(total))
@@ -229,53 +222,9 @@ def _kept_layers(wanted: int | Sequence[int] | None, total: int) -> list[int]:
             f"Give indices from 0 to {total - 1}, each once, in rising order.")
     return list(wanted)
 
-# %% ../../nbs/compress/22_shrink.ipynb #690c090e
-def _units(i: int, layer: nn.Module, kind: str, keep: int, names: tuple[str, ...], size: int) -> _Units:
-    "What to keep of one layer; a unit has `size` rows in the narrowest of the maps that lead to it."
-    maps, where = [layer.get_submodule(name) for name in names], f"argument {kind}, layer {i}"
-    if not all(isinstance(linear, nn.Linear) for linear in maps):
-        raise EcomoptError("The layer has linear maps of another kind, perhaps quantized.", where, "Shrink first, then quantize.")
-    rows = [linear.out_features for linear in maps[:-1]]
-    total, group = min(rows) // size, max(rows) // min(rows)
-    if not isinstance(keep, Integral) or not 1 <= keep <= total * group:
-        raise EcomoptError(f"{keep!r} {kind} cannot be kept of {total * group}.", where, f"Give a whole number from 1 to {total * group}.")
-    if keep % group:
-        raise EcomoptError(f"{keep} heads do not divide into groups of {group} that share a key.", where, f"Give a multiple of {group}.")
-    return _Units(i, kind, names, total, int(keep) // group)
 
-
-def _plan(model: PreTrainedModel, kept: list[int], kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
-    "What to keep of the heads or the neurons of each kept layer."
-    if wanted is None: return []
-    wanted, config = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(kept), model.config
-    if len(wanted) != len(kept):
-        raise EcomoptError(f"{len(wanted)} numbers for {len(kept)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
-    size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [_units(i, _layers(model)[layer], kind, keep, _PARTS[config.model_type][kind], size) for i, (layer, keep) in enumerate(zip(kept, wanted))]
-
-# %% ../../nbs/compress/22_shrink.ipynb #e1be9ab0
-def _check_model(model: PreTrainedModel, first_token: bool) -> None:
-    known = type(model).__name__.endswith("ForSequenceClassification") or type(model).__name__ == "LlamaForCausalLM"
-    if model.config.model_type not in _PARTS or not known or getattr(model.config, "is_decoder", False):
-        raise EcomoptError(f"unsupported architecture {type(model).__name__}", "shrink",
-            "Use a classifier of type bert, distilbert or llama, or a llama language model.")
-    if first_token and not isinstance(model, (BertForSequenceClassification, DistilBertForSequenceClassification)):
-        raise EcomoptError(f"unsupported architecture {type(model).__name__}: it does not read its first token alone.",
-            "argument first_token", "Leave first_token out.")
-
-
-def _check_importance(classifier: Classifier, importance: str, task: Task | None) -> None:
-    if importance not in ("magnitude", "taylor", "random"):
-        raise EcomoptError(f"The importance {importance!r} is not known.", "argument importance", "Give 'magnitude', 'taylor' or 'random'.")
-    if importance != "taylor": return
-    if task is None or not len(task.train):
-        raise EcomoptError("There are no examples to take gradients on.", "argument task", "Pass the task, or importance='magnitude'.")
-    if not type(classifier.model).__name__.endswith("ForSequenceClassification") or classifier.labels != tuple(task.labels):
-        raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}",
-            "Pass the classifier's own task, or importance='magnitude'.")
-
-# %% ../../nbs/compress/22_shrink.ipynb #b609b4a9
 def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
+    "The texts as a list, if they are texts and the vocabulary can be trimmed."
     texts = texts if isinstance(texts, str) else list(texts)
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise EcomoptError("These are not texts.", "argument texts", "Pass a list of one text or more, as the shop will see them.")
@@ -287,19 +236,45 @@ def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
         raise EcomoptError("The embedding is of another kind, perhaps quantized.", "argument texts", "Shrink first, then quantize.")
     return texts
 
+# %% ../../nbs/compress/22_shrink.ipynb #031371b3
+def _plan(model: PreTrainedModel, kept: list[int], kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
+    "What to keep of the heads or the neurons of each kept layer."
+    if wanted is None: return []
+    config, names, plan = model.config, _PARTS[model.config.model_type][kind], []
+    size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(kept)
+    if len(wanted) != len(kept):
+        raise EcomoptError(f"{len(wanted)} numbers for {len(kept)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
+    for i, (layer, keep) in enumerate(zip(kept, wanted)):
+        maps, where = [_layers(model)[layer].get_submodule(name) for name in names], f"argument {kind}, layer {i}"
+        if not all(isinstance(linear, nn.Linear) for linear in maps):
+            raise EcomoptError("The layer has linear maps of another kind, perhaps quantized.", where, "Shrink first, then quantize.")
+        rows = [linear.out_features for linear in maps[:-1]]
+        total, group = min(rows) // size, max(rows) // min(rows)  # query heads that share a key head are one unit
+        if not isinstance(keep, Integral) or not 1 <= keep <= total * group:
+            raise EcomoptError(f"{keep!r} {kind} cannot be kept of {total * group}.", where, f"Give a whole number from 1 to {total * group}.")
+        if keep % group:
+            raise EcomoptError(f"{keep} heads do not divide into groups of {group} that share a key.", where, f"Give a multiple of {group}.")
+        plan.append(_Units(i, kind, names, total, int(keep) // group))
+    return plan
 
-def _drop_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    "A copy of a model with these layers."
-    model = copy.deepcopy(model).eval()
-    layers = nn.ModuleList(_layers(model)[i] for i in kept)
-    model.base_model.set_submodule(_PARTS[model.config.model_type]["layers"], layers)
-    model.config.num_hidden_layers = len(kept)
-    for i, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
-    return model
+# %% ../../nbs/compress/22_shrink.ipynb #ebdb605e
+def _check(classifier: Classifier, first_token: bool, importance: str, task: Task | None) -> None:
+    "Refuse a model that cannot be shrunk, or an importance that cannot be computed."
+    model, name = classifier.model, type(classifier.model).__name__
+    known = name.endswith("ForSequenceClassification") or name == "LlamaForCausalLM"
+    if model.config.model_type not in _PARTS or not known or getattr(model.config, "is_decoder", False):
+        raise EcomoptError(f"unsupported architecture {name}", "shrink", "Use a bert, distilbert or llama classifier, or a llama language model.")
+    if first_token and model.config.model_type == "llama":
+        raise EcomoptError(f"unsupported architecture {name}: it reads its last token", "argument first_token", "Leave first_token out.")
+    if importance not in ("magnitude", "taylor", "random"):
+        raise EcomoptError(f"The importance {importance!r} is not known.", "argument importance", "Give 'magnitude', 'taylor' or 'random'.")
+    if importance == "taylor" and (task is None or not len(task.train)):
+        raise EcomoptError("There are no examples to take gradients on.", "argument task", "Pass the task, or importance='magnitude'.")
+    if importance == "taylor" and (name == "LlamaForCausalLM" or classifier.labels != tuple(task.labels)):
+        raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}", "Pass the classifier's own task.")
 
-# %% ../../nbs/compress/22_shrink.ipynb #fb2d06d9
+# %% ../../nbs/compress/22_shrink.ipynb #e48ccc5c
 def shrink(
     classifier: Classifier,                      # a BERT, DistilBERT or LLaMA model; it is left as it is
     *,
@@ -313,8 +288,7 @@ def shrink(
     seed: int = 0,                               # of "random"
 ) -> Classifier:                                 # smaller, in evaluation mode; not yet trained again
     "Take layers, neurons, heads and vocabulary rows out of a model (Michel et al. 2019; Molchanov et al. 2019)."
-    _check_model(classifier.model, first_token)
-    _check_importance(classifier, importance, task)
+    _check(classifier, first_token, importance, task)
     if texts is not None: texts = _check_texts(classifier, texts)
     kept = _kept_layers(layers, len(_layers(classifier.model)))
     plan = _plan(classifier.model, kept, "heads", heads) + _plan(classifier.model, kept, "neurons", neurons)

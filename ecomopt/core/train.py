@@ -23,20 +23,24 @@ from .. import EcomoptError
 from .assets import ASSETS, cache_dir, cached, fetch
 from .data import Task
 
-# %% ../../nbs/core/12_train.ipynb #311c827e
+# %% ../../nbs/core/12_train.ipynb #7bb4900a
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], batch_size: int) -> torch.Tensor:
-    "Run the model on batches of like length; the results are in the order of `ids`."
-    model.eval()
+def _logits(self,
+    texts: Sequence[str],  # any number of texts
+    batch_size: int = 32,  # sentences a batch
+) -> torch.Tensor:         # [len(texts), C], float32, in the order of `texts`
+    "Compute logits, in batches of texts of like length."
+    self.model.eval()
+    ids = self.encode(texts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    result = torch.empty(len(ids), model.config.num_labels)
+    result = torch.empty(len(ids), self.model.config.num_labels)
     for start in range(0, len(ids), batch_size):
         rows = order[start:start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
-        result[rows] = model(**batch).logits.float().cpu()
+        batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(self.model.device)
+        result[rows] = self.model(**batch).logits.float().cpu()
     return result
 
-# %% ../../nbs/core/12_train.ipynb #5b2d4fe5
+# %% ../../nbs/core/12_train.ipynb #7dcde563
 @dataclass
 class Classifier:
     "A sequence classification model and its tokenizer."
@@ -54,12 +58,7 @@ class Classifier:
         if isinstance(texts, str): raise EcomoptError("A single string was given.", "texts", "Pass a list: ['your text'].")
         return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if len(texts) else []
 
-    def logits(self,
-        texts: Sequence[str],  # any number of texts
-        batch_size: int = 32,  # sentences a batch
-    ) -> torch.Tensor:         # [len(texts), C], float32
-        "Compute the logits of each text, in the order of the texts."
-        return _logits(self.model, self.tokenizer, self.encode(texts), batch_size)
+    logits = _logits
 
     def predict(self, texts: Sequence[str]) -> list[str]:  # one label a text
         "Name the most likely class of each text."
@@ -83,7 +82,7 @@ def load_model(
             f"Name an asset ({', '.join(ASSETS)}), a directory with safetensors, or a hub id that can be reached.") from error
     return Classifier(model, tokenizer, max_length)
 
-# %% ../../nbs/core/12_train.ipynb #81910147
+# %% ../../nbs/core/12_train.ipynb #28438e95
 def has_bf16() -> bool:
     "Tell whether this machine computes in bfloat16, rather than imitating it slowly."
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -92,8 +91,8 @@ def has_bf16() -> bool:
 
 
 def digest(
-    data,   # plain data: what JSON can hold
-) -> str:   # 16 hexadecimal digits
+    data: object,  # plain data: what JSON can hold
+) -> str:          # 16 hexadecimal digits
     "Identify data by their content."
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
