@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from ecomopt import EcomoptError
-from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, shrink
+from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, _taylor, _Units, shrink
 from ecomopt.core.artifact import load, save
 from ecomopt.core.data import Task
 from ecomopt.core.measure import count_macs, count_parameters
@@ -35,7 +36,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!'é好"
 
 def wordpiece() -> BertTokenizer:
     """Letters, words of the shop, and words that it never uses."""
-    tokens = ["[PAD]", "unused", *(f"##{c}" for c in LETTERS), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *WORDS, "##s", "##ed", "house"]
+    tokens = ["unused", "[PAD]", *(f"##{c}" for c in LETTERS), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *WORDS, "##s", "##ed", "house"]
     return BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))})
 
 
@@ -52,7 +53,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 SIZES = {
     "bert": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96),
     "distilbert": dict(dim=64, n_layers=3, n_heads=4, hidden_dim=96),
-    "llama": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, pad_token_id=0),
+    "llama": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96),
 }
 HEADS = {"bert": 4, "distilbert": 4, "llama": 2}  # units: query heads with one key head
 
@@ -61,7 +62,7 @@ def tiny(kind: str, auto=AutoModelForSequenceClassification, **others) -> Classi
     torch.manual_seed(0)
     tokenizer = byte_pairs() if kind == "llama" else wordpiece()
     labels = dict(id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), initializer_range=0.3, **SIZES[kind], **labels, **others)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.3, **SIZES[kind], **labels, **others)
     return Classifier(auto.from_config(config).eval(), tokenizer)
 
 
@@ -141,6 +142,29 @@ def test_taylor_finds_the_neuron_that_matters():
     small = shrink(original, neurons=[48, 96, 96], importance="taylor", task=task())
     assert close(small.logits(TEXTS), original.logits(TEXTS))
     assert not close(shrink(original, neurons=[48, 96, 96]).logits(TEXTS), original.logits(TEXTS))
+
+
+def test_taylor_is_the_mean_size_of_each_example_s_gradient():
+    """By the columns that lead out of a neuron: the sum of gradient times weight is the derivative by its gate."""
+    original, expected = tiny("bert"), torch.zeros(96)
+    last = original.model.bert.encoder.layer[1].output.dense
+    for text, label in zip(task().train["text"], task().train["label"]):
+        original.model.zero_grad()
+        original.model(**original.tokenizer(text, return_tensors="pt"), labels=torch.tensor([label])).loss.backward()
+        expected += (last.weight * last.weight.grad).sum(0).abs() / 12
+    plan = [_Units(1, "neurons", _PARTS["bert"]["neurons"], 96, 10)]
+    assert close(_taylor(original, layers_of(original), plan, task())[0], expected)
+
+
+def test_magnitude_is_not_fooled_by_scale():
+    """Ten times more into some neurons and ten times less out of them: the same ones are kept."""
+    original = tiny("bert")
+    scaled = copy.deepcopy(original)
+    layer = scaled.model.bert.encoder.layer[0]
+    layer.intermediate.dense.weight.data[::2] *= 10
+    layer.output.dense.weight.data[:, ::2] /= 10
+    weights = [shrink(model, neurons=20).model.bert.encoder.layer[0].intermediate.dense.weight for model in (original, scaled)]
+    assert close(*(F.normalize(weight) for weight in weights))
 
 
 def test_random_is_its_seed(original):
@@ -358,3 +382,9 @@ def test_other_tokenizers_are_refused():
     backend = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
     with pytest.raises(EcomoptError, match="WordPiece and byte-pair"):
         shrink(replace(tiny("bert"), tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend)), texts=TEXTS)
+
+
+def test_a_fingerprint_tells_special_modules():
+    """The same weights in another structure are another model: caches must not mix them up."""
+    model = tiny("bert")
+    assert fingerprint(shrink(model, first_token=True)) != fingerprint(model)

@@ -16,17 +16,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding,
+    PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed)
 
 from .. import EcomoptError
 from .assets import ASSETS, cache_dir, cached, fetch
@@ -91,7 +82,7 @@ def load_model(
             f"Name an asset ({', '.join(ASSETS)}), a directory with safetensors, or a hub id that can be reached.") from error
     return Classifier(model, tokenizer, max_length)
 
-# %% ../../nbs/core/12_train.ipynb #28438e95
+# %% ../../nbs/core/12_train.ipynb #5fadf361
 def has_bf16() -> bool:
     "Tell whether this machine computes in bfloat16, rather than imitating it slowly."
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -109,10 +100,11 @@ def digest(
 def fingerprint(
     classifier: Classifier,  # the model to identify
 ) -> str:                    # 16 hexadecimal digits
-    "Identify a model by its configuration, vocabulary and every byte of its weights."
+    "Identify a model by its configuration, vocabulary, special modules and every byte of its weights."
     tensors = {name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
                for name, tensor in classifier.model.state_dict().items()}
-    return digest([classifier.model.config.to_dict(), classifier.tokenizer.get_vocab(), classifier.max_length, tensors])
+    special = [(name, type(m).__name__, m.spec()) for name, m in classifier.model.named_modules() if hasattr(m, "spec")]
+    return digest([classifier.model.config.to_json_string(), classifier.tokenizer.get_vocab(), classifier.max_length, special, tensors])
 
 # %% ../../nbs/core/12_train.ipynb #a648cc04
 def training_arguments(
