@@ -16,7 +16,8 @@ rows, task = [], load_task("reviews")
 for seed in SEEDS:
     sample = task.sample(transfer=10_000, seed=seed)
     teacher = finetune("minilm", sample, epochs=2, batch_size=16, seed=seed)
-    student = distill(teacher, sample, shrink(teacher, layers=3, neurons=768, first_token=True), batch_size=16, seed=seed)
+    start = shrink(teacher, layers=3, neurons=768, first_token=True, importance="taylor", task=sample)
+    student = distill(teacher, sample, start, epochs=2, batch_size=16, seed=seed)
     models = {"teacher, float32": teacher, "student, float32": student, "student, int8": quantize(student, embedding_bits=4)}
     comparison = compare(models, sample, seed=seed)
     for name, m in comparison.measurements.items():
