@@ -16,8 +16,17 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding,
-    PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed)
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from .. import EcomoptError
 from .assets import ASSETS, cache_dir, cached, fetch
