@@ -40,6 +40,6 @@ def run() -> Path:
 if __name__ == "__main__":
     print("The quickstart runs in full: a few minutes the first time, seconds after that.")
     executed = run()
-    for start in ("comparison.table", "first, *_, last", "sentences ="): print(f"\n{output_of(executed, start)}")
+    for start in ("models =", "first, *_, last", "sentences ="): print(f"\n{output_of(executed, start)}")
     for name, path in (("notebook", executed), ("figure", RESULTS / "tradeoff.png"), ("artifact", RESULTS / "artifact")):
         print(f"{name:9} {path.relative_to(site.ROOT)}")

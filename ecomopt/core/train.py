@@ -6,7 +6,7 @@
 __all__ = ['Classifier', 'load_model', 'has_bf16', 'digest', 'fingerprint', 'training_arguments', 'tokenized', 'settings_of',
            'finetune']
 
-# %% ../../nbs/core/12_train.ipynb #d8675513
+# %% ../../nbs/core/12_train.ipynb #de429306
 import hashlib
 import json
 from collections.abc import Sequence
@@ -73,18 +73,19 @@ class Classifier:
         "Name the most likely class of each text."
         return [self.labels[i] for i in self.logits(texts).argmax(1).tolist()]
 
-# %% ../../nbs/core/12_train.ipynb #ac40224a
+# %% ../../nbs/core/12_train.ipynb #00ad1ed7
 def load_model(
     name: str | Path,                # an asset ("minilm"), a local directory, or a hub id
     labels: Sequence[str],           # the names of the classes
     max_length: int = 128,           # longer texts are cut here (tokens)
-) -> Classifier:                     # with a new, untrained head where the checkpoint has none
+) -> Classifier:                     # with a new, untrained head where the checkpoint has none that fits
     "Load an encoder with a classification head."
     path = fetch(name) if name in ASSETS else name
     ids = dict(enumerate(labels))
     try:
         config = AutoConfig.from_pretrained(path, id2label=ids, label2id={v: k for k, v in ids.items()})
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, use_safetensors=True)
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, use_safetensors=True,
+            ignore_mismatched_sizes=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise EcomoptError(f"The model cannot be loaded: {str(error).splitlines()[0]}", f"model {str(name)!r}",
