@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import ecomopt.compress.shrink as shrink_module
 from ecomopt import EcomoptError
+from ecomopt.compress.distill import layers_of
 from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, _taylor, _Units, shrink
 from ecomopt.core.artifact import load, save
 from ecomopt.core.data import Task
@@ -75,15 +77,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-5)
 
 
-def layers_of(classifier):
-    model = classifier.model
-    return model.base_model.get_submodule(_PARTS[model.config.model_type]["layers"])
-
-
 def silenced(classifier: Classifier, small: Classifier, units: dict[str, int]) -> Classifier:
     """The original with the columns of every unit that `small` lacks set to zero."""
     original = copy.deepcopy(classifier)
-    for old, new in zip(layers_of(original), layers_of(small)):
+    for old, new in zip(layers_of(original.model), layers_of(small.model)):
         for kind, total in units.items():
             first, *_, last = _PARTS[classifier.model.config.model_type][kind]
             rows = {tuple(row.tolist()) for row in new.get_submodule(first).weight}
@@ -114,7 +111,7 @@ def test_equals_the_original_with_those_units_silent(original, heads, neurons, i
 def test_shapes_really_shrink_and_differ(original):
     small = shrink(original, heads=[4, 2, 2], neurons=[90, 40, 7])
     parts = _PARTS[original.model.config.model_type]
-    shapes = [[tuple(layer.get_submodule(parts[kind][i]).weight.shape) for kind in ("heads", "neurons") for i in (0, -1)] for layer in layers_of(small)]
+    shapes = [[tuple(layer.get_submodule(parts[kind][i]).weight.shape) for kind in ("heads", "neurons") for i in (0, -1)] for layer in layers_of(small.model)]
     assert shapes == [[(16 * h, 64), (64, 16 * h), (n, 64), (64, n)] for h, n in ((4, 90), (2, 40), (2, 7))]
     assert count_parameters(small.model) < count_parameters(original.model)
 
@@ -129,7 +126,7 @@ def test_uniform_sizes_are_a_plain_model(original):
 
 def test_shrinking_twice_is_shrinking(original):
     twice = shrink(shrink(original, neurons=[96, 50, 30], heads=[4, 2, 2]), layers=[1, 2], neurons=[20, 10])
-    assert [layer.get_submodule(_PARTS[original.model.config.model_type]["neurons"][0]).out_features for layer in layers_of(twice)] == [20, 10]
+    assert [layer.get_submodule(_PARTS[original.model.config.model_type]["neurons"][0]).out_features for layer in layers_of(twice.model)] == [20, 10]
     assert close(shrink(shrink(original, neurons=[96, 50, 30]), neurons=30).logits(TEXTS), shrink(original, neurons=30).logits(TEXTS))
 
 
@@ -153,7 +150,7 @@ def test_taylor_is_the_mean_size_of_each_example_s_gradient():
         original.model(**original.tokenizer(text, return_tensors="pt"), labels=torch.tensor([label])).loss.backward()
         expected += (last.weight * last.weight.grad).sum(0).abs() / 12
     plan = [_Units(1, "neurons", _PARTS["bert"]["neurons"], 96, 10)]
-    assert close(_taylor(original, layers_of(original), plan, task())[0], expected)
+    assert close(_taylor(original, layers_of(original.model), plan, task())[0], expected)
 
 
 def test_magnitude_is_not_fooled_by_scale():
@@ -187,8 +184,8 @@ def test_macs_and_parameters_are_the_predicted_ones():
 def test_layers_are_the_ones_asked_for(original, wanted, kept):
     small, parts = shrink(original, layers=wanted), _PARTS[original.model.config.model_type]
     assert small.model.config.num_hidden_layers == len(kept)
-    for layer, i in zip(layers_of(small), kept, strict=True):
-        assert torch.equal(layer.get_submodule(parts["neurons"][0]).weight, layers_of(original)[i].get_submodule(parts["neurons"][0]).weight)
+    for layer, i in zip(layers_of(small.model), kept, strict=True):
+        assert torch.equal(layer.get_submodule(parts["neurons"][0]).weight, layers_of(original.model)[i].get_submodule(parts["neurons"][0]).weight)
 
 
 def test_a_shrunk_language_model_generates_as_without_a_cache():
@@ -207,7 +204,7 @@ def test_a_shrunk_language_model_generates_as_without_a_cache():
 def test_first_token_changes_nothing(kind, attention):
     original = tiny(kind, attn_implementation=attention)
     small = shrink(original, first_token=True)
-    assert isinstance(layers_of(small)[-1], FirstTokenLayer)
+    assert isinstance(layers_of(small.model)[-1], FirstTokenLayer)
     for texts in (TEXTS, TEXTS[:1]): assert close(small.logits(texts), original.logits(texts))  # with padding, and with no mask
     assert count_macs(small.model) < count_macs(original.model)
     assert shrink(small, first_token=True).model.state_dict().keys() == original.model.state_dict().keys()
@@ -243,10 +240,10 @@ def test_first_token_finds_what_replaces_a_linear_map():
     for name, module in list(original.model.bert.encoder.layer[-1].named_modules()):
         if not isinstance(module, nn.Linear): continue
         for classifier in (original, small):
-            old = layers_of(classifier)[-1].get_submodule(name)
+            old = layers_of(classifier.model)[-1].get_submodule(name)
             new = Doubled(old.in_features, old.out_features)
             new.load_state_dict(old.state_dict())
-            layers_of(classifier)[-1].set_submodule(name, new)
+            layers_of(classifier.model)[-1].set_submodule(name, new)
     assert close(small.logits(TEXTS), original.logits(TEXTS))
 
 
@@ -346,10 +343,12 @@ def test_texts_may_be_any_iterable():
     (dict(importance="weight"), "'weight'"), (dict(importance="taylor"), "no examples"),
     (dict(texts="one text"), "not texts"), (dict(texts=[]), "not texts"), (dict(texts=[None]), "not texts"),
 ])
-def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what):
+def test_bad_input_is_refused_before_anything_is_cut(monkeypatch, wrong, what):
     original = tiny("bert")
-    monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
+    before = fingerprint(original)
+    monkeypatch.setattr(shrink_module, "_cut_units", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(EcomoptError, match=what): shrink(original, **wrong)
+    assert fingerprint(original) == before
 
 
 def test_heads_that_share_a_key_stay_together():

@@ -28,7 +28,7 @@ def quantize_rows(
     scale = weight.abs().amax(1).clamp(min=1e-12) / limit
     return torch.round(weight / scale[:, None]).clamp(-limit, limit).to(torch.int8), scale
 
-# %% ../../nbs/compress/23_quantize.ipynb #4962ca32
+# %% ../../nbs/compress/23_quantize.ipynb #473d3a3b
 class _Activations:
     "Quantizes activations to uint8, and remembers the last ones."
 
@@ -40,10 +40,10 @@ class _Activations:
         if source() is x and known == version: return result
         low, high = torch.aminmax(x)
         low, high = min(low.item(), 0.0), max(high.item(), 0.0)
-        scale = max((high - low) / 255, 1e-12)
+        scale = max((high - low) / 254, 1e-12)  # one step is left over, so that no rounded number is out of range
         zero = round(-low / scale)
-        # + 0.5 and cutting off is rounding, since nothing here is negative
-        integers = x.mul(1 / scale).add_(zero + 0.5).clamp_(0, 255).to(torch.uint8)
+        # torch converts to int8 many times as fast as to uint8; turning the highest bit adds the 128 again
+        integers = torch.add(torch.tensor(zero - 128.0), x, alpha=1 / scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
         self.last = weakref.ref(x), version, (integers, scale, zero)
         return integers, scale, zero
 
@@ -102,7 +102,7 @@ def unpack4(
     "Undo `pack4`."
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8
 
-# %% ../../nbs/compress/23_quantize.ipynb #9d78d5d0
+# %% ../../nbs/compress/23_quantize.ipynb #9a5d1c6c
 class QuantizedEmbedding(Rebuildable):
     "An embedding table in int8 or int4, with a scale for each group of weights."
     settings = "num_embeddings", "embedding_dim", "bits", "group"
@@ -115,14 +115,17 @@ class QuantizedEmbedding(Rebuildable):
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.bits, self.group = num_embeddings, embedding_dim, bits, group
+        self._integers = None  # unpacked at the first use
         kind, width = (torch.int8, embedding_dim) if bits == 8 else (torch.uint8, embedding_dim // 2)
         self.register_buffer("weight", torch.zeros(num_embeddings, width, dtype=kind))
         self.register_buffer("scale", torch.ones(num_embeddings, embedding_dim // group, dtype=torch.float16))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] → [..., embedding_dim], float32
         "Look up rows and turn them back into numbers."
-        rows = self.weight[ids] if self.bits == 8 else unpack4(self.weight[ids])
-        return (rows.unflatten(-1, (-1, self.group)) * self.scale[ids].float()[..., None]).flatten(-2)
+        if self._integers is None: self._integers = self.weight if self.bits == 8 else unpack4(self.weight)
+        return (self._integers[ids].unflatten(-1, (-1, self.group)) * self.scale[ids].float()[..., None]).flatten(-2)
+
+    def __getstate__(self) -> dict: return {**self.__dict__, "_integers": None}
 
 # %% ../../nbs/compress/23_quantize.ipynb #2499536b
 def quantized_embedding(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShrunkLinear', 'FirstTokenLayer', 'shrink']
 
-# %% ../../nbs/compress/22_shrink.ipynb #a0f79041
+# %% ../../nbs/compress/22_shrink.ipynb #9ebfbebc
 import copy
 import json
 import tempfile
@@ -21,31 +21,28 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import EcomoptError
+from .distill import keep_layers, layers_of
+from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.train import Classifier
 
-# %% ../../nbs/compress/22_shrink.ipynb #e855838e
+# %% ../../nbs/compress/22_shrink.ipynb #27e923da
 _PARTS = {
-    "bert": dict(layers="encoder.layer", width="intermediate_size", neurons=("intermediate.dense", "output.dense"),
+    "bert": dict(width="intermediate_size", neurons=("intermediate.dense", "output.dense"),
         heads=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")),
-    "distilbert": dict(layers="transformer.layer", width="hidden_dim", neurons=("ffn.lin1", "ffn.lin2"),
+    "distilbert": dict(width="hidden_dim", neurons=("ffn.lin1", "ffn.lin2"),
         heads=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")),
-    "llama": dict(layers="layers", width="intermediate_size", neurons=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "llama": dict(width="intermediate_size", neurons=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         heads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")),
 }
 
 
-class ShrunkLinear(nn.Linear):
+class ShrunkLinear(Rebuildable, nn.Linear):
     "A linear layer of a shape that the model's configuration does not tell."
 
     def spec(self) -> dict:
         "Say how to make an empty one."
         return dict(in_features=self.in_features, out_features=self.out_features, bias=self.bias is not None)
-
-    @classmethod
-    def rebuild(cls, old: nn.Module, **spec) -> "ShrunkLinear":
-        "Make an empty one in the place of `old`."
-        return cls(**spec)
 
 # %% ../../nbs/compress/22_shrink.ipynb #eb19c302
 class _Units(NamedTuple):
@@ -91,27 +88,10 @@ def _taylor(classifier: Classifier, layers: nn.ModuleList, plan: list[_Units], t
     for hook in hooks: hook.remove()
     return [score / len(task.train) for score in scores]
 
-# %% ../../nbs/compress/22_shrink.ipynb #a9bbc872
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    "The list of a model's layers."
-    return model.base_model.get_submodule(_PARTS[model.config.model_type]["layers"])
-
-
-def _drop_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    "A copy of a model with these layers."
-    model = copy.deepcopy(model).eval()
-    layers = nn.ModuleList(_layers(model)[i] for i in kept)
-    model.base_model.set_submodule(_PARTS[model.config.model_type]["layers"], layers)
-    model.config.num_hidden_layers = len(kept)
-    for i, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
-    return model
-
-# %% ../../nbs/compress/22_shrink.ipynb #f84784df
+# %% ../../nbs/compress/22_shrink.ipynb #8ad91689
 def _cut_units(classifier: Classifier, plan: list[_Units], importance: str, task: Task | None, seed: int) -> None:
     "Keep the most important units of each layer."
-    layers, config, generator = _layers(classifier.model), classifier.model.config, torch.Generator().manual_seed(seed)
+    layers, config, generator = layers_of(classifier.model), classifier.model.config, torch.Generator().manual_seed(seed)
     if importance == "taylor": scores = _taylor(classifier, layers, plan, task)
     elif importance == "magnitude": scores = [_magnitude(layers[units.layer], units) for units in plan]
     else: scores = [torch.rand(units.total, generator=generator) for units in plan]
@@ -128,8 +108,8 @@ def _attend(part: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     if mask is not None: mask = mask[:, :, :1]
     return F.scaled_dot_product_attention(q, k, v, mask, part.dropout.p if part.training else 0.0).transpose(1, 2).flatten(2)
 
-# %% ../../nbs/compress/22_shrink.ipynb #8deb1c82
-class FirstTokenLayer(nn.Module):
+# %% ../../nbs/compress/22_shrink.ipynb #354b97f7
+class FirstTokenLayer(Rebuildable):
     "The last layer of a BERT or DistilBERT classifier, computed for the one token that the classifier reads."
     def __init__(self, layer: nn.Module):  # the layer whose parts it takes over
         super().__init__()
@@ -145,10 +125,6 @@ class FirstTokenLayer(nn.Module):
         context = _attend(part, part.q_lin(first), part.k_lin(hidden_states), part.v_lin(hidden_states), attention_mask)
         attended = self.sa_layer_norm(part.out_lin(context) + first)
         return self.output_layer_norm(self.ffn(attended) + attended)
-
-    def spec(self) -> dict:
-        "Say how to make another: from the layer alone."
-        return {}
 
     @classmethod
     def rebuild(cls, old: nn.Module) -> "FirstTokenLayer":
@@ -209,20 +185,7 @@ def _trim(classifier: Classifier, texts: list[str]) -> Classifier:
         for name, i in names.items(): setattr(config, name, [new[j] for j in i] if isinstance(i, list) else new.get(i))
     return small
 
-# %% ../../nbs/compress/22_shrink.ipynb #d3ed288f
-def _kept_layers(wanted: int | Sequence[int] | None, total: int) -> list[int]:
-    "The indices of the layers to keep."
-    if wanted is None: return list(range(total))
-    if not isinstance(wanted, Sequence):
-        if not isinstance(wanted, Integral) or not 1 <= wanted <= total:
-            raise EcomoptError(f"{wanted!r} layers cannot be kept of {total}.", "argument layers", f"Give a whole number from 1 to {total}.")
-        return [(total - 1) * i // max(wanted - 1, 1) for i in range(wanted)]
-    if not wanted or not set(wanted) <= set(range(total)) or sorted(set(wanted)) != list(wanted):
-        raise EcomoptError(f"The layers {list(wanted)} cannot be kept of {total}.", "argument layers",
-            f"Give indices from 0 to {total - 1}, each once, in rising order.")
-    return list(wanted)
-
-
+# %% ../../nbs/compress/22_shrink.ipynb #e5ca1e7e
 def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
     "The texts as a list, if they are texts and the vocabulary can be trimmed."
     texts = texts if isinstance(texts, str) else list(texts)
@@ -236,17 +199,17 @@ def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
         raise EcomoptError("The embedding is of another kind, perhaps quantized.", "argument texts", "Shrink first, then quantize.")
     return texts
 
-# %% ../../nbs/compress/22_shrink.ipynb #031371b3
-def _plan(model: PreTrainedModel, kept: list[int], kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
-    "What to keep of the heads or the neurons of each kept layer."
+# %% ../../nbs/compress/22_shrink.ipynb #891db1b4
+def _plan(model: PreTrainedModel, kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
+    "What to keep of the heads or the neurons of each layer."
     if wanted is None: return []
-    config, names, plan = model.config, _PARTS[model.config.model_type][kind], []
+    config, names, layers, plan = model.config, _PARTS[model.config.model_type][kind], layers_of(model), []
     size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(kept)
-    if len(wanted) != len(kept):
-        raise EcomoptError(f"{len(wanted)} numbers for {len(kept)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
-    for i, (layer, keep) in enumerate(zip(kept, wanted)):
-        maps, where = [_layers(model)[layer].get_submodule(name) for name in names], f"argument {kind}, layer {i}"
+    wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(layers)
+    if len(wanted) != len(layers):
+        raise EcomoptError(f"{len(wanted)} numbers for {len(layers)} layers.", f"argument {kind}", "Give one number, or one for each kept layer.")
+    for i, (layer, keep) in enumerate(zip(layers, wanted)):
+        maps, where = [layer.get_submodule(name) for name in names], f"argument {kind}, layer {i}"
         if not all(isinstance(linear, nn.Linear) for linear in maps):
             raise EcomoptError("The layer has linear maps of another kind, perhaps quantized.", where, "Shrink first, then quantize.")
         rows = [linear.out_features for linear in maps[:-1]]
@@ -274,7 +237,7 @@ def _check(classifier: Classifier, first_token: bool, importance: str, task: Tas
     if importance == "taylor" and (name == "LlamaForCausalLM" or classifier.labels != tuple(task.labels)):
         raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}", "Pass the classifier's own task.")
 
-# %% ../../nbs/compress/22_shrink.ipynb #e48ccc5c
+# %% ../../nbs/compress/22_shrink.ipynb #ac89f51b
 def shrink(
     classifier: Classifier,                      # a BERT, DistilBERT or LLaMA model; it is left as it is
     *,
@@ -290,10 +253,9 @@ def shrink(
     "Take layers, neurons, heads and vocabulary rows out of a model (Michel et al. 2019; Molchanov et al. 2019)."
     _check(classifier, first_token, importance, task)
     if texts is not None: texts = _check_texts(classifier, texts)
-    kept = _kept_layers(layers, len(_layers(classifier.model)))
-    plan = _plan(classifier.model, kept, "heads", heads) + _plan(classifier.model, kept, "neurons", neurons)
-    small = replace(classifier, model=_drop_layers(classifier.model, kept))
+    small = keep_layers(classifier, len(layers_of(classifier.model)) if layers is None else layers)
+    plan = _plan(small.model, "heads", heads) + _plan(small.model, "neurons", neurons)
     _cut_units(small, plan, importance, task, seed)
     if texts is not None: small = _trim(small, texts)
-    if first_token: _layers(small.model)[-1] = FirstTokenLayer(_layers(small.model)[-1])
+    if first_token: layers_of(small.model)[-1] = FirstTokenLayer(layers_of(small.model)[-1])
     return small

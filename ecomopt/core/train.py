@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Classifier', 'load_model', 'has_bf16', 'digest', 'fingerprint', 'training_arguments', 'tokenized', 'settings_of',
-           'finetune']
+           'finetune', 'run']
 
-# %% ../../nbs/core/12_train.ipynb #de429306
+# %% ../../nbs/core/12_train.ipynb #f951c9a3
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -116,7 +117,7 @@ def fingerprint(
     special = [(name, type(m).__name__, m.spec()) for name, m in classifier.model.named_modules() if hasattr(m, "spec")]
     return digest([classifier.model.config.to_json_string(), classifier.tokenizer.get_vocab(), classifier.max_length, special, tensors])
 
-# %% ../../nbs/core/12_train.ipynb #a648cc04
+# %% ../../nbs/core/12_train.ipynb #5cbb3019
 def training_arguments(
     epochs: float,         # passes over the data
     learning_rate: float,  # the highest rate of the schedule
@@ -129,7 +130,7 @@ def training_arguments(
         if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
     defaults = dict(output_dir=str(cache_dir() / "trainer"), save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         train_sampling_strategy="group_by_length", warmup_steps=0.1, weight_decay=0.01, bf16=has_bf16(),
-        optim="adamw_torch_fused", dataloader_pin_memory=torch.cuda.is_available())
+        use_cpu=not torch.accelerator.is_available(), optim="adamw_torch_fused", dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         seed=seed, **{**defaults, **others})
 
@@ -151,7 +152,7 @@ def settings_of(
     plain = TrainingArguments(output_dir=args.output_dir).to_dict()
     return {name: value for name, value in args.to_dict().items() if value != plain[name]}
 
-# %% ../../nbs/core/12_train.ipynb #539ea3bb
+# %% ../../nbs/core/12_train.ipynb #937b94f7
 def finetune(
     model: str | Path,            # an asset ("minilm"), a local directory, or a hub id
     task: Task,                   # its train split is used, and no other
@@ -167,18 +168,26 @@ def finetune(
     set_seed(seed)
     classifier = load_model(model, task.labels, max_length)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    rows = tokenized(classifier, task.train)
-    key = dict(model=fingerprint(classifier), rows=digest(rows.to_dict()), args=settings_of(args))
-    path = cached("finetune", key, partial(_train, classifier, rows, args, list(callbacks)))
+    key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]), args=settings_of(args))
+    path = cached("finetune", key, partial(_train, classifier, task.train, args, list(callbacks)))
     return load_model(path, task.labels, max_length)
 
-# %% ../../nbs/core/12_train.ipynb #c5f79e5d
-def _train(classifier: Classifier, rows: Dataset, args: TrainingArguments, callbacks: list, directory: Path) -> None:
-    "Train and save."
-    trainer = Trainer(classifier.model, args, train_dataset=rows, callbacks=callbacks,
-        data_collator=DataCollatorWithPadding(classifier.tokenizer))
+# %% ../../nbs/core/12_train.ipynb #28f87437
+def run(
+    trainer: Trainer,  # whose model is trained in place
+) -> None:
+    "Train without a word, in the way that is fastest on this machine, and refuse a training that diverged."
+    trainer.remove_callback(PrinterCallback)
+    if not torch.accelerator.is_available():
+        trainer.model.set_attn_implementation("eager")  # on a CPU the fused attention is slow backwards, for short texts
     loss = trainer.train().training_loss
     if not loss < float("inf"):
-        raise EcomoptError(f"The training diverged: its mean loss is {loss}.", f"seed {args.seed}", "Lower learning_rate.")
+        raise EcomoptError(f"The training diverged: its mean loss is {loss}.", f"seed {trainer.args.seed}", "Lower learning_rate.")
+
+
+def _train(classifier: Classifier, data: Dataset, args: TrainingArguments, callbacks: list, directory: Path) -> None:
+    "Train and save."
+    run(Trainer(classifier.model, args, train_dataset=tokenized(classifier, data), callbacks=callbacks,
+        data_collator=DataCollatorWithPadding(classifier.tokenizer)))
     classifier.model.save_pretrained(directory)
     classifier.tokenizer.save_pretrained(directory)
