@@ -14,10 +14,10 @@ NOTES = ("Reviews, test split, two threads. Accuracy: mean, smallest and largest
 
 rows, task = [], load_task("reviews")
 for seed in SEEDS:
-    sample = task.sample(transfer=10_000, seed=seed)
+    sample = task.sample(transfer=9_000, seed=seed)
     teacher = finetune("minilm", sample, epochs=2, batch_size=16, seed=seed)
-    start = shrink(teacher, layers=3, neurons=768, first_token=True, importance="taylor", task=sample)
-    student = distill(teacher, sample, start, epochs=2, batch_size=16, seed=seed)
+    start = shrink(teacher, layers=4, neurons=768, heads=8, first_token=True, importance="taylor", task=sample)
+    student = distill(teacher, sample, start, pieces=12_000, seed=seed)
     models = {"teacher, float32": teacher, "student, float32": student, "student, int8": quantize(student, embedding_bits=4)}
     comparison = compare(models, sample, seed=seed)
     for name, m in comparison.measurements.items():

@@ -89,7 +89,7 @@ BROKEN = {
     "star": (bad("from math import *"), "cell 5: `import *`"),
     # size
     "long cell": (bad("x = 1\n" * 26), "cell 5: 26 lines of code"),
-    "long cells": ([*HEADER, *["x = 1\n" * 9] * 40, *ENDING], "code cells have a median of 9 lines"),
+    "long cells": ([*HEADER, *["x = 1\n" * 9] * 40, *ENDING], "code cells that export nothing have a median of 9 lines"),
     "few cells": ([*HEADER, *ENDING], "15 cells; a technique has 20 to 70"),
     "many cells": (bad(*["x = 1"] * 60), "cells; a technique has 20 to 70"),
     # never
