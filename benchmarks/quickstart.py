@@ -17,8 +17,8 @@ for seed in SEEDS:
     sample = task.sample(transfer=9_000, seed=seed)
     teacher = finetune("minilm", sample, epochs=2, batch_size=16, seed=seed)
     start = shrink(teacher, layers=4, neurons=768, heads=8, first_token=True, importance="taylor", task=sample)
-    student = distill(teacher, sample, start, pieces=12_000, seed=seed)
-    models = {"teacher, float32": teacher, "student, float32": student, "student, int8": quantize(student, embedding_bits=4)}
+    student = distill(teacher, sample, quantize(start, embedding_bits=4, linear=False), pieces=12_000, seed=seed)
+    models = {"teacher, float32": teacher, "student, float32": student, "student, int8": quantize(student)}
     comparison = compare(models, sample, seed=seed)
     for name, m in comparison.measurements.items():
         rows.append({"model": name, "accuracy": m.accuracy, "retained": m.accuracy / comparison.measurements["teacher, float32"].accuracy,

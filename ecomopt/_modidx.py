@@ -83,6 +83,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize._fuse_gelu': ( 'compress/quantize.html#_fuse_gelu',
                                                                                      'ecomopt/compress/quantize.py'),
+                                           'ecomopt.compress.quantize._quantize_rest': ( 'compress/quantize.html#_quantize_rest',
+                                                                                         'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.int8_linear': ( 'compress/quantize.html#int8_linear',
                                                                                       'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.pack4': ( 'compress/quantize.html#pack4',

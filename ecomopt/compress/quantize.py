@@ -6,9 +6,10 @@
 __all__ = ['quantize_rows', 'Int8Linear', 'int8_linear', 'pack4', 'unpack4', 'QuantizedEmbedding', 'quantized_embedding',
            'Nothing', 'quantize']
 
-# %% ../../nbs/compress/23_quantize.ipynb #6527b693
+# %% ../../nbs/compress/23_quantize.ipynb #f67b0e6c
 import copy
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -144,9 +145,19 @@ def quantized_embedding(
     new.weight, new.scale = integers if bits == 8 else pack4(integers), scale.reshape(rows, -1).half()
     return new
 
-# %% ../../nbs/compress/23_quantize.ipynb #8fcc95d2
+# %% ../../nbs/compress/23_quantize.ipynb #88b397a5
 class Nothing(Rebuildable, nn.Identity):
     "The place of an activation function that the layer before has taken over."
+
+
+def _quantize_rest(classifier: Classifier) -> Classifier:
+    "Quantize what is left in float, in place: linear layers and small tables."
+    model = classifier.model.requires_grad_(False)
+    _fuse_gelu(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear): model.set_submodule(name, int8_linear(module))
+        if isinstance(module, nn.Embedding): model.set_submodule(name, quantized_embedding(module))
+    return classifier
 
 
 def _fuse_gelu(model: nn.Module) -> None:
@@ -157,20 +168,20 @@ def _fuse_gelu(model: nn.Module) -> None:
             setattr(module, linear, int8_linear(getattr(module, linear), "gelu"))
             setattr(module, follows, Nothing())
 
-# %% ../../nbs/compress/23_quantize.ipynb #45c43c69
+# %% ../../nbs/compress/23_quantize.ipynb #b80daf10
 _GELU = {"BertIntermediate": ("dense", "intermediate_act_fn"), "FFN": ("lin1", "activation")}  # linear layer and what follows it
 
 
 def quantize(
     classifier: Classifier,    # with float weights
-    embedding_bits: int = 8,   # 8 or 4
-) -> Classifier:               # a copy; float parameters remain in the norms alone
-    "Quantize linear layers to int8 and embeddings to int8 or int4, after training and without calibration data."
+    embedding_bits: int = 8,   # of the word embeddings, 8 or 4; the small tables have 8
+    linear: bool = True,       # False: the word embeddings alone, and the rest may still be trained
+) -> Classifier:               # a copy
+    "Quantize linear layers to int8 and embeddings to int8 or int4, without calibration data."
     if any(isinstance(m, Int8Linear) for m in classifier.model.modules()):
         raise EcomoptError("The model is quantized already.", "quantize", "Pass the float model.")
-    model = copy.deepcopy(classifier.model).float().eval().requires_grad_(False)
-    _fuse_gelu(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear): model.set_submodule(name, int8_linear(module))
-        if isinstance(module, nn.Embedding): model.set_submodule(name, quantized_embedding(module, embedding_bits))
-    return Classifier(model, classifier.tokenizer, classifier.max_length)
+    model = copy.deepcopy(classifier.model).float().eval()
+    words = model.get_input_embeddings()
+    if type(words) is nn.Embedding: model.set_input_embeddings(quantized_embedding(words, embedding_bits))
+    small = replace(classifier, model=model)
+    return _quantize_rest(small) if linear else small
