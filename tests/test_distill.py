@@ -9,7 +9,18 @@ from transformers import DataCollatorWithPadding, Trainer
 
 from ecomopt import EcomoptError
 from ecomopt.compress import distill as module
-from ecomopt.compress.distill import DistillationTrainer, distill, distillation_loss, keep_layers, teacher_logits
+from ecomopt.compress.distill import (
+    DistillationTrainer,
+    attention_loss,
+    cut_and_join,
+    distill,
+    distillation_loss,
+    hidden_loss,
+    keep_layers,
+    teacher_logits,
+)
+from ecomopt.compress.quantize import quantize
+from ecomopt.core.artifact import load, save
 from ecomopt.core.train import fingerprint, tokenized, training_arguments
 
 numbers = st.floats(-50, 50, width=32)
@@ -75,6 +86,86 @@ def test_one_batch_of_32_is_four_of_8(alpha):
     assert torch.allclose(one, four, atol=1e-6)
 
 
+INSIDE = dict(hidden=1.0, cosine=0.5, attention=2.0)
+
+
+def looked_into(**sizes):
+    model = no_dropout(tiny.classifier(**sizes)).model
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("hidden", [64, 32])
+def test_matching_inside_is_the_same_for_one_batch_and_for_four(hidden):
+    def weights_after(batch_size, pieces):
+        torch.manual_seed(0)
+        student = looked_into(seed=1, layers=2, hidden=hidden)
+        trainer = DistillationTrainer(student, arguments(batch_size, gradient_accumulation_steps=pieces), teacher_model=looked_into(), **INSIDE,
+            train_dataset=rows(tiny.classifier()), data_collator=DataCollatorWithPadding(tiny.tokenizer()))
+        torch.manual_seed(0)
+        if hidden != 64: torch.nn.init.normal_(student.projection.weight)
+        trainer.train()
+        assert not hasattr(student, "projection")
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    assert torch.allclose(weights_after(32, 1), weights_after(8, 4), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_matching_inside_brings_the_states_closer(name):
+    student, teacher, rows_ = looked_into(seed=1, layers=3), looked_into(), rows(tiny.classifier())
+    trainer = DistillationTrainer(student, training_arguments(8, 1e-2, 16, 0, bf16=False), teacher_model=teacher, alpha=1.0, train_dataset=rows_,
+        data_collator=DataCollatorWithPadding(tiny.tokenizer()), **{name: 1.0})
+    batch = trainer.data_collator([{k: rows_[i][k] for k in ("input_ids", "labels")} for i in range(8)])
+    before = trainer.compute_loss(student, batch).item()
+    trainer.train()
+    after = DistillationTrainer(student, arguments(), teacher_model=teacher, alpha=1.0, **{name: 1.0}).compute_loss(student.eval(), batch).item()
+    assert 0 <= after < before
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_equal_states_cost_nothing_and_padding_does_not_count(cosine):
+    states, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    other = states.clone()
+    other[1, 2:] = 7.0
+    assert hidden_loss(states, other, mask, cosine).abs() < 1e-6
+    looks = torch.randn(2, 4, 5, 5).softmax(-1)
+    assert attention_loss(looks, looks, mask).abs() < 1e-6 and attention_loss(looks.flip(-1), looks[:, :2], mask) >= 0
+
+
+def test_a_teacher_must_be_there_to_be_looked_into():
+    data = rows(tiny.classifier()).add_column("teacher_logits", [[0.0, 0.0]] * 48)
+    with pytest.raises(EcomoptError, match="no teacher"):
+        DistillationTrainer(tiny.classifier().model, arguments(), train_dataset=data, hidden=1.0)
+
+
+def test_other_tokens_cannot_be_matched():
+    student = tiny.classifier(layers=1)
+    student.tokenizer.add_tokens(["battery2"])
+    with pytest.raises(EcomoptError, match="different tokens"): distill(tiny.classifier(), tiny.task(), student, hidden=1.0)
+
+
+@given(st.lists(st.text("ab ", min_size=1).filter(str.strip), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 3))
+@settings(deadline=None)
+def test_pieces_are_the_shop_s_own_words(texts, n, seed):
+    pieces = cut_and_join(texts, n, seed)
+    assert len(pieces) == n and pieces == cut_and_join(texts, n, seed)
+    assert {word for piece in pieces for word in piece.split()} <= {word for text in texts for word in text.split()}
+    assert all(piece.strip() for piece in pieces)
+
+
+def test_quantized_embeddings_stay_while_the_rest_learns(tmp_path):
+    start = quantize(keep_layers(tiny.classifier(), 2), embedding_bits=4, linear=False)
+    student = distill(tiny.classifier(), tiny.task(), start, pieces=8, learning_rate=1e-2)
+    table, before = student.model.get_input_embeddings(), start.model.get_input_embeddings()
+    assert torch.equal(table.weight, before.weight) and table.bits == 4
+    assert not torch.equal(weights(student), weights(start))
+    small = quantize(student)
+    assert small.model.get_input_embeddings().bits == 4
+    again = load(save(small, tmp_path / "small"))
+    assert torch.equal(again.logits(["good battery"]), small.logits(["good battery"]))
+
+
 def test_cached_logits_equal_live_ones():
     teacher, student = tiny.classifier(), no_dropout(tiny.classifier(seed=1, layers=1))
     data = rows(student)
@@ -130,7 +221,7 @@ def test_impossible_layers(wrong):
     with pytest.raises(EcomoptError): keep_layers(tiny.classifier(layers=3), wrong)
 
 
-@pytest.mark.parametrize("wrong", [dict(alpha=-0.1), dict(alpha=1.1), dict(alpha=float("nan")), dict(temperature=0), dict(temperature=-1)])
+@pytest.mark.parametrize("wrong", [dict(alpha=-0.1), dict(alpha=1.1), dict(alpha=float("nan")), dict(hidden=-1), dict(attention=float("nan")), dict(temperature=0), dict(temperature=-1)])
 def test_impossible_settings(wrong):
     with pytest.raises(EcomoptError): distill(tiny.classifier(), tiny.task(), 1, **wrong)
 
