@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShrunkLinear', 'FirstTokenLayer', 'shrink']
 
-# %% ../../nbs/compress/22_shrink.ipynb #9ebfbebc
+# %% ../../nbs/compress/22_shrink.ipynb #c453f9bf
 import copy
 import json
 import tempfile
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import EcomoptError
-from .distill import keep_layers, layers_of
+from .distill import keep_layers, layers_of, which_layers
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.train import Classifier
@@ -199,11 +199,11 @@ def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
         raise EcomoptError("The embedding is of another kind, perhaps quantized.", "argument texts", "Shrink first, then quantize.")
     return texts
 
-# %% ../../nbs/compress/22_shrink.ipynb #891db1b4
-def _plan(model: PreTrainedModel, kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
-    "What to keep of the heads or the neurons of each layer."
+# %% ../../nbs/compress/22_shrink.ipynb #dde53b61
+def _plan(model: PreTrainedModel, kept: list[int], kind: str, wanted: int | Sequence[int] | None) -> list[_Units]:
+    "What to keep of the heads or the neurons of each kept layer."
     if wanted is None: return []
-    config, names, layers, plan = model.config, _PARTS[model.config.model_type][kind], layers_of(model), []
+    config, names, layers, plan = model.config, _PARTS[model.config.model_type][kind], [layers_of(model)[i] for i in kept], []
     size = 1 if kind == "neurons" else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(layers)
     if len(wanted) != len(layers):
@@ -237,7 +237,7 @@ def _check(classifier: Classifier, first_token: bool, importance: str, task: Tas
     if importance == "taylor" and (name == "LlamaForCausalLM" or classifier.labels != tuple(task.labels)):
         raise EcomoptError(f"The model does not predict {', '.join(task.labels)}.", f"task {task.name!r}", "Pass the classifier's own task.")
 
-# %% ../../nbs/compress/22_shrink.ipynb #ac89f51b
+# %% ../../nbs/compress/22_shrink.ipynb #c4fd2229
 def shrink(
     classifier: Classifier,                      # a BERT, DistilBERT or LLaMA model; it is left as it is
     *,
@@ -253,8 +253,10 @@ def shrink(
     "Take layers, neurons, heads and vocabulary rows out of a model (Michel et al. 2019; Molchanov et al. 2019)."
     _check(classifier, first_token, importance, task)
     if texts is not None: texts = _check_texts(classifier, texts)
-    small = keep_layers(classifier, len(layers_of(classifier.model)) if layers is None else layers)
-    plan = _plan(small.model, "heads", heads) + _plan(small.model, "neurons", neurons)
+    total = len(layers_of(classifier.model))
+    kept = which_layers(total if layers is None else layers, total)
+    plan = _plan(classifier.model, kept, "heads", heads) + _plan(classifier.model, kept, "neurons", neurons)
+    small = keep_layers(classifier, kept)
     _cut_units(small, plan, importance, task, seed)
     if texts is not None: small = _trim(small, texts)
     if first_token: layers_of(small.model)[-1] = FirstTokenLayer(layers_of(small.model)[-1])

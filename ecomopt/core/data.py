@@ -211,7 +211,7 @@ def _from_csv(
 
 Task.from_csv = classmethod(_from_csv)
 
-# %% ../../nbs/core/11_data.ipynb #51146d65
+# %% ../../nbs/core/11_data.ipynb #d003c40a
 def _balanced(labels: list[int], n: int, seed: int) -> pd.Index:
     "The numbers of n rows with the balance of all of them, in the order of the file."
     shuffled = pd.Series(labels).sample(frac=1, random_state=seed)
@@ -219,7 +219,7 @@ def _balanced(labels: list[int], n: int, seed: int) -> pd.Index:
     place = ((rank + 0.5) / shuffled.map(shuffled.value_counts())).where(rank > 0, -1)
     return place.sort_values(kind="stable").index[:n].sort_values()
 
-
+# %% ../../nbs/core/11_data.ipynb #1af1d1c9
 def _sample(
     self,
     train: int | None = None,     # rows to keep; all without a number

@@ -117,7 +117,7 @@ def fingerprint(
     special = [(name, type(m).__name__, m.spec()) for name, m in classifier.model.named_modules() if hasattr(m, "spec")]
     return digest([classifier.model.config.to_json_string(), classifier.tokenizer.get_vocab(), classifier.max_length, special, tensors])
 
-# %% ../../nbs/core/12_train.ipynb #5cbb3019
+# %% ../../nbs/core/12_train.ipynb #169cbb00
 def training_arguments(
     epochs: float,         # passes over the data
     learning_rate: float,  # the highest rate of the schedule
@@ -134,7 +134,7 @@ def training_arguments(
     return TrainingArguments(num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         seed=seed, **{**defaults, **others})
 
-
+# %% ../../nbs/core/12_train.ipynb #6c109717
 def tokenized(
     classifier: Classifier,  # whose tokenizer to use
     data: Dataset,           # with the columns text and label
@@ -172,13 +172,13 @@ def finetune(
     path = cached("finetune", key, partial(_train, classifier, task.train, args, list(callbacks)))
     return load_model(path, task.labels, max_length)
 
-# %% ../../nbs/core/12_train.ipynb #28f87437
+# %% ../../nbs/core/12_train.ipynb #128f858b
 def run(
     trainer: Trainer,  # whose model is trained in place
 ) -> None:
     "Train without a word, in the way that is fastest on this machine, and refuse a training that diverged."
     trainer.remove_callback(PrinterCallback)
-    if not torch.accelerator.is_available():
+    if trainer.args.device.type == "cpu":
         trainer.model.set_attn_implementation("eager")  # on a CPU the fused attention is slow backwards, for short texts
     loss = trainer.train().training_loss
     if not loss < float("inf"):
