@@ -20,6 +20,7 @@ from ecomopt.compress.distill import (
     teacher_logits,
 )
 from ecomopt.compress.quantize import quantize
+from ecomopt.compress.shrink import shrink
 from ecomopt.core.artifact import load, save
 from ecomopt.core.train import fingerprint, tokenized, training_arguments
 
@@ -136,6 +137,13 @@ def test_a_teacher_must_be_there_to_be_looked_into():
     data = rows(tiny.classifier()).add_column("teacher_logits", [[0.0, 0.0]] * 48)
     with pytest.raises(EcomoptError, match="no teacher"):
         DistillationTrainer(tiny.classifier().model, arguments(), train_dataset=data, hidden=1.0)
+
+
+@pytest.mark.parametrize("weight", ["hidden", "cosine", "attention"])
+def test_one_token_alone_cannot_be_matched(weight):
+    teacher = tiny.classifier()
+    with pytest.raises(EcomoptError, match="one token alone"):
+        distill(teacher, tiny.task(8), shrink(teacher, first_token=True), **{weight: 1.0})
 
 
 def test_other_tokens_cannot_be_matched():

@@ -2,6 +2,7 @@
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from ecomopt import EcomoptError
 from ecomopt.core import train
@@ -35,6 +36,22 @@ def test_a_finished_training_is_not_repeated(checkpoint, monkeypatch):
 def test_every_setting_makes_another_training(checkpoint, change):
     task = tiny.task()
     assert fingerprint(finetune(checkpoint, task, **{"epochs": 1, **change})) != fingerprint(finetune(checkpoint, task, epochs=1))
+
+
+class Louder(TrainerCallback):
+    """Raises all weights after training."""
+    def __init__(self, factor): self.factor = factor
+
+    def spec(self): return {"factor": self.factor}
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for weight in model.parameters(): weight.data *= self.factor
+
+
+def test_every_callback_makes_another_training(checkpoint):
+    def learned(*callbacks): return fingerprint(finetune(checkpoint, tiny.task(), epochs=1, callbacks=callbacks))
+    assert len({learned(), learned(Louder(2.0)), learned(Louder(3.0))}) == 3
+    assert learned(Louder(2.0)) == learned(Louder(2.0))
 
 
 def test_the_same_seed_gives_the_same_model(checkpoint, monkeypatch, tmp_path):

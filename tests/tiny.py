@@ -2,7 +2,13 @@
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from ecomopt.core.data import Task
 from ecomopt.core.train import Classifier
@@ -30,6 +36,15 @@ def classifier(seed: int = 0, layers: int = 3, hidden: int = 64, labels: tuple[s
     config = BertConfig(vocab_size=len(words), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=2 * hidden, id2label=ids, label2id={v: k for k, v in ids.items()})
     return Classifier(BertForSequenceClassification(config).eval(), words)
+
+
+def distilbert(seed: int = 0) -> Classifier:
+    """A random DistilBERT with the same tokenizer."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    ids = {0: "negative", 1: "positive"}
+    config = DistilBertConfig(vocab_size=len(words), dim=64, n_layers=2, n_heads=4, hidden_dim=96, id2label=ids, label2id={v: k for k, v in ids.items()})
+    return Classifier(DistilBertForSequenceClassification(config).eval(), words)
 
 
 def task(rows: int = 60, seed: int = 0) -> Task:

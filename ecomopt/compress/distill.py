@@ -122,7 +122,7 @@ class _CountingTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "teacher_logits"})
 
-# %% ../../nbs/compress/20_distill.ipynb #382f51fd
+# %% ../../nbs/compress/20_distill.ipynb #3c3b836d
 def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, looks_inside: bool, device) -> PreTrainedModel | None:
     "Check that the teacher can teach this student, and freeze it."
     if teacher is None:
@@ -130,6 +130,9 @@ def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, looks_insi
             raise EcomoptError("There is no teacher.", "DistillationTrainer",
                 "Pass teacher_model, or, without hidden, cosine and attention, a column teacher_logits.")
         return None
+    if looks_inside and any(type(m).__name__ == "FirstTokenLayer" for m in student.modules()):
+        raise EcomoptError("The student's last layer computes one token alone; its states cannot be matched.", "DistillationTrainer",
+            "Distill first, then shrink with first_token=True; or leave hidden, cosine and attention at 0.")
     for what in ("num_labels", "vocab_size"):
         theirs, ours = getattr(teacher.config, what, None), getattr(student.config, what, None)
         if ours != theirs:
@@ -313,7 +316,7 @@ def _shown(teacher: Classifier, student: Classifier) -> PreTrainedModel:
     model.set_attn_implementation("eager")  # the others do not tell where they look
     return model
 
-# %% ../../nbs/compress/20_distill.ipynb #8281d8ae
+# %% ../../nbs/compress/20_distill.ipynb #8981e8a5
 def distill(
     teacher: Classifier,                            # who is imitated
     task: Task,                                     # its train split, and its transfer texts
@@ -335,7 +338,7 @@ def distill(
     student = _student(teacher, student)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
     texts, labels = _texts(task, pieces, seed)
-    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]), args=settings_of(args))
+    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]), args=settings_of(args, callbacks))
     return load(cached("distill", key, partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))) / "student")
 
 # %% ../../nbs/compress/20_distill.ipynb #9be108ce

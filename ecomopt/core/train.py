@@ -144,15 +144,17 @@ def tokenized(
         keep_in_memory=True, load_from_cache_file=False)
     return rows.remove_columns("text").rename_column("label", "labels")
 
-# %% ../../nbs/core/12_train.ipynb #e6d629ce
+# %% ../../nbs/core/12_train.ipynb #ee64bfa2
 def settings_of(
-    args: TrainingArguments,  # of a training
-) -> dict:                    # plain data: part of the key under which the result is kept
+    args: TrainingArguments,   # of a training
+    callbacks: Sequence = (),  # of the same; those with settings of their own tell them as plain data by a method `spec`
+) -> dict:                     # plain data: part of the key under which the result is kept
     "Collect all settings that differ from those of a training with nothing set, except where it writes."
     plain = TrainingArguments(output_dir=args.output_dir).to_dict()
-    return {name: value for name, value in args.to_dict().items() if value != plain[name]}
+    changed = {name: value for name, value in args.to_dict().items() if value != plain[name]}
+    return {**changed, "callbacks": [[type(c).__qualname__, c.spec() if hasattr(c, "spec") else {}] for c in callbacks]}
 
-# %% ../../nbs/core/12_train.ipynb #937b94f7
+# %% ../../nbs/core/12_train.ipynb #34ac33a4
 def finetune(
     model: str | Path,            # an asset ("minilm"), a local directory, or a hub id
     task: Task,                   # its train split is used, and no other
@@ -168,7 +170,7 @@ def finetune(
     set_seed(seed)
     classifier = load_model(model, task.labels, max_length)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]), args=settings_of(args))
+    key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]), args=settings_of(args, callbacks))
     path = cached("finetune", key, partial(_train, classifier, task.train, args, list(callbacks)))
     return load_model(path, task.labels, max_length)
 
