@@ -1,9 +1,14 @@
 """Distillation: the loss, and a Trainer that computes it whatever the batches are."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, Trainer
 
@@ -85,6 +90,31 @@ def test_one_batch_of_32_is_four_of_8(alpha):
     one = trained(arguments(32), teacher_model=tiny.classifier().model, alpha=alpha)
     four = trained(arguments(8, gradient_accumulation_steps=4), teacher_model=tiny.classifier().model, alpha=alpha)
     assert torch.allclose(one, four, atol=1e-6)
+
+
+def test_two_processes_are_one(tmp_path):
+    one = trained(arguments(24), teacher_model=tiny.classifier().model)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", Path(__file__).with_name("two_processes.py"), tmp_path]
+    done = subprocess.run([*map(str, launch)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "weights.safetensors")["weights"]
+    assert torch.allclose(one, two, atol=1e-6)
+
+
+def taught(task):
+    """A classifier that knows the task."""
+    teacher = no_dropout(tiny.classifier())
+    Trainer(teacher.model, training_arguments(8, 3e-3, 16, 0, bf16=False), train_dataset=tokenized(teacher, task.train),
+        data_collator=DataCollatorWithPadding(teacher.tokenizer)).train()
+    return teacher
+
+
+def test_a_distilbert_learns_from_a_bert():
+    task = tiny.task(120)
+    teacher = taught(task)
+    student = distill(teacher, task, tiny.distilbert(), epochs=10, learning_rate=3e-3, alpha=1.0)
+    assert type(student.model).__name__ == "DistilBertForSequenceClassification"
+    assert student.predict(task.test["text"]) == teacher.predict(task.test["text"])
 
 
 INSIDE = dict(hidden=1.0, cosine=0.5, attention=2.0)
@@ -193,9 +223,8 @@ def test_padding_changes_nothing():
 
 
 def test_a_student_learns_from_unlabelled_text():
-    task, teacher = tiny.task(120), no_dropout(tiny.classifier())
-    Trainer(teacher.model, training_arguments(8, 3e-3, 16, 0, bf16=False), train_dataset=tokenized(teacher, task.train),
-        data_collator=DataCollatorWithPadding(teacher.tokenizer)).train()
+    task = tiny.task(120)
+    teacher = taught(task)
     student = distill(teacher, task, 1, epochs=10, learning_rate=3e-3, alpha=1.0)
     assert student.predict(task.test["text"]) == teacher.predict(task.test["text"])
 
