@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import EcomoptError
@@ -79,12 +80,14 @@ def _taylor(classifier: Classifier, layers: nn.ModuleList, plan: list[_Units], t
     def gate(i, a): return (a.unflatten(-1, (plan[i].total, -1)) * gates[i][:, None, :, None]).flatten(2)
     hooks = [layers[units.layer].get_submodule(units.names[-1]).register_forward_pre_hook(lambda _, inputs, i=i: gate(i, inputs[0]))
              for i, units in enumerate(plan)]
-    for start in range(0, len(task.train), 32):
-        rows = task.train[start:start + 32]
-        gates[:] = [torch.ones(len(rows["text"]), units.total, device=model.device, requires_grad=True) for units in plan]
-        batch = classifier.tokenizer.pad({"input_ids": classifier.encode(rows["text"])}, return_tensors="pt").to(model.device)
-        loss = F.cross_entropy(model(**batch).logits, torch.tensor(rows["label"], device=model.device), reduction="sum")
-        for score, gradient in zip(scores, torch.autograd.grad(loss, gates)): score += gradient.abs().sum(0).cpu()
+    rows = sorted(zip(classifier.encode(task.train["text"]), task.train["label"]), key=lambda row: len(row[0]))
+    for start in range(0, len(rows), 32):
+        ids, labels = zip(*rows[start:start + 32])
+        gates[:] = [torch.ones(len(ids), units.total, device=model.device, requires_grad=True) for units in plan]
+        batch = classifier.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused attention is slow backwards
+            loss = F.cross_entropy(model(**batch).logits, torch.tensor(labels, device=model.device), reduction="sum")
+            for score, gradient in zip(scores, torch.autograd.grad(loss, gates)): score += gradient.abs().sum(0).cpu()
     for hook in hooks: hook.remove()
     return [score / len(task.train) for score in scores]
 
