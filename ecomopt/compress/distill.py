@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from accelerate.utils import convert_to_fp32
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -142,10 +143,10 @@ def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, looks_insi
 
 
 @torch.no_grad()
-def _answers(teacher: PreTrainedModel | None, inputs: dict, asked: dict, inside: dict) -> object:
+def _answers(trainer: Trainer, inputs: dict, asked: dict) -> object:
     "The teacher's outputs; its logits from the batch if they are there and nothing else is wanted."
-    if "teacher_logits" in inputs and not inside: return SimpleNamespace(logits=inputs["teacher_logits"])
-    return teacher(**asked, **inside)
+    if "teacher_logits" in inputs and not trainer.inside: return SimpleNamespace(logits=inputs["teacher_logits"])
+    with trainer.accelerator.autocast(): return convert_to_fp32(trainer.teacher_model(**asked, **trainer.inside))  # as the student computes
 
 # %% ../../nbs/compress/20_distill.ipynb #946102a3
 def _matching(student, teacher, mask: torch.Tensor, weights: dict[str, float], project: nn.Module, tokens: float | None) -> torch.Tensor:
@@ -185,7 +186,7 @@ class _MatchingTrainer(_CountingTrainer):
 def _compare(trainer: "DistillationTrainer", model: nn.Module, inputs: dict, return_outputs: bool):
     "The loss of a batch: equation (4), and what of (5) to (7) is wanted."
     asked = {name: tensor for name, tensor in inputs.items() if name not in ("labels", "teacher_logits")}
-    outputs, answers = model(**asked, **trainer.inside), _answers(trainer.teacher_model, inputs, asked, trainer.inside)
+    outputs, answers = model(**asked, **trainer.inside), _answers(trainer, inputs, asked)
     student, labels, real = _rows(outputs.logits, inputs)
     teacher = _rows(answers.logits, inputs)[0]
     *divisors, tokens = trainer.divisors if model.training else (None, None, None)
