@@ -34,6 +34,7 @@ _HOMES = {
     "core.artifact": "load save",
     "core.measure": "Measurement compare measure",
     "compress.distill": "DistillationTrainer distill",
+    "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
 }
