@@ -27,7 +27,7 @@ from .. import EcomoptError
 from ..core.artifact import load, save
 from ..core.assets import cached
 from ..core.data import Task
-from ..core.train import Classifier, digest, fingerprint, run, settings_of, tokenized, training_arguments
+from ..core.train import Classifier, cached_training, digest, fingerprint, run, tokenized, training_arguments
 
 # %% ../../nbs/compress/20_distill.ipynb #77a2ca07
 def distillation_loss(
@@ -339,8 +339,8 @@ def distill(
     student = _student(teacher, student)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
     texts, labels = _texts(task, pieces, seed)
-    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]), args=settings_of(args, callbacks))
-    return load(cached("distill", key, partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))) / "student")
+    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]))
+    return load(cached_training("distill", key, args, callbacks, partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))) / "student")
 
 # %% ../../nbs/compress/20_distill.ipynb #9be108ce
 def _train(teacher: Classifier, student: Classifier, texts: list[str], labels: list[int], args: TrainingArguments, loss: dict,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Classifier', 'load_model', 'has_bf16', 'digest', 'fingerprint', 'training_arguments', 'tokenized', 'settings_of',
-           'finetune', 'run']
+           'cached_training', 'finetune', 'run', 'main']
 
 # %% ../../nbs/core/12_train.ipynb #f951c9a3
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -117,6 +117,16 @@ def fingerprint(
     special = [(name, type(m).__name__, m.spec()) for name, m in classifier.model.named_modules() if hasattr(m, "spec")]
     return digest([classifier.model.config.to_json_string(), classifier.tokenizer.get_vocab(), classifier.max_length, special, tensors])
 
+# %% ../../nbs/core/12_train.ipynb #f06d4314
+def _check_settings(numbers: dict, processes: int, others: dict) -> None:
+    for name, value in numbers.items():
+        if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
+    if numbers["batch_size"] % processes:
+        raise EcomoptError(f"{processes} processes cannot share a batch of {numbers['batch_size']}.", "argument batch_size",
+            f"Give a multiple of {processes}.")
+    for name in others.keys() - {field.name for field in fields(TrainingArguments)}:
+        raise EcomoptError(f"There is no setting {name!r}.", "TrainingArguments", "Look the name up in its documentation.")
+
 # %% ../../nbs/core/12_train.ipynb #169cbb00
 def training_arguments(
     epochs: float,         # passes over the data
@@ -126,11 +136,12 @@ def training_arguments(
     **others,              # any other field of `TrainingArguments`
 ) -> TrainingArguments:    # quiet, nothing written to disk, batches of like length
     "Make the arguments of a training."
-    for name, value in dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size).items():
-        if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun and accelerate set it
+    _check_settings(dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size), processes, others)
     defaults = dict(output_dir=str(cache_dir() / "trainer"), save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         train_sampling_strategy="group_by_length", warmup_steps=0.1, weight_decay=0.01, bf16=has_bf16(),
         use_cpu=not torch.accelerator.is_available(), optim="adamw_torch_fused", dataloader_pin_memory=torch.cuda.is_available())
+    if processes > 1: defaults["accelerator_config"] = {"split_batches": True}  # batch_size is that of all together
     return TrainingArguments(num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         seed=seed, **{**defaults, **others})
 
@@ -150,9 +161,69 @@ def settings_of(
     callbacks: Sequence = (),  # of the same; those with settings of their own tell them as plain data by a method `spec`
 ) -> dict:                     # plain data: part of the key under which the result is kept
     "Collect all settings that differ from those of a training with nothing set, except where it writes."
-    plain = TrainingArguments(output_dir=args.output_dir).to_dict()
+    plain = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict() | {"use_cpu": False}  # each sets the device for all
     changed = {name: value for name, value in args.to_dict().items() if value != plain[name]}
     return {**changed, "callbacks": [[type(c).__qualname__, c.spec() if hasattr(c, "spec") else {}] for c in callbacks]}
+
+# %% ../../nbs/core/12_train.ipynb #5843cd78
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+
+import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+# %% ../../nbs/core/12_train.ipynb #2af4de28
+class _Resumable(TrainerCallback):
+    "Draws the order of an epoch from its number, the same in every process and after a restart; marks checkpoints that are complete."
+
+    def on_epoch_begin(self, args, state, control, **others): torch.manual_seed(args.seed + int(state.epoch + 1e-6))
+
+    def on_save(self, args, state, control, **others):
+        if args.world_size > 1: dist.barrier()
+        if state.is_world_process_zero: Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+
+# %% ../../nbs/core/12_train.ipynb #0eefd950
+def _first_says(what: bool, args: TrainingArguments) -> bool:
+    "What the first process says; all others only listen."
+    said = torch.tensor(int(what), device=args.device)
+    dist.broadcast(said, 0)
+    return bool(said)
+
+
+def _together(kind: str, key: dict, args: TrainingArguments, train: Callable[[Path], None]) -> None:
+    "Call `cached` in the first process; if it has to train, all others train with it."
+    if args.process_index == 0:
+        begun = []
+        def train_with_all(folder):
+            begun.append(_first_says(True, args))
+            train(folder)
+        cached(kind, key, train_with_all)
+        if not begun: _first_says(False, args)
+    elif _first_says(False, args):
+        with tempfile.TemporaryDirectory() as folder: train(Path(folder))
+    dist.barrier()
+
+# %% ../../nbs/core/12_train.ipynb #25d03645
+def cached_training(
+    kind: str,                      # what is trained, as for `cached`
+    key: dict,                      # all that the result depends on besides the next two, as for `cached`
+    args: TrainingArguments,        # of the training; its checkpoints go into a folder of `output_dir`
+    callbacks: Sequence,            # of the same
+    train: Callable[[Path], None],  # trains, and writes the result into the empty folder it is given
+) -> Path:                          # the finished folder
+    "Find a finished training, go on with one that was killed, or begin it; alone or with other processes."
+    key = dict(key, args=settings_of(args, callbacks))
+    args.output_dir = str(Path(args.output_dir) / digest([kind, key]))
+    complete = [mark.parent for mark in Path(args.output_dir).glob("checkpoint-*/complete")]
+    args.resume_from_checkpoint = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    if args.world_size > 1: _together(kind, key, args, train)
+    path = cached(kind, key, train)
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    return path
 
 # %% ../../nbs/core/12_train.ipynb #34ac33a4
 def finetune(
@@ -170,8 +241,8 @@ def finetune(
     set_seed(seed)
     classifier = load_model(model, task.labels, max_length)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]), args=settings_of(args, callbacks))
-    path = cached("finetune", key, partial(_train, classifier, task.train, args, list(callbacks)))
+    key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]))
+    path = cached_training("finetune", key, args, callbacks, partial(_train, classifier, task.train, args, list(callbacks)))
     return load_model(path, task.labels, max_length)
 
 # %% ../../nbs/core/12_train.ipynb #128f858b
@@ -182,14 +253,76 @@ def run(
     trainer.remove_callback(PrinterCallback)
     if trainer.args.device.type == "cpu":
         trainer.model.set_attn_implementation("eager")  # on a CPU the fused attention is slow backwards, for short texts
-    loss = trainer.train().training_loss
+    trainer.add_callback(_Resumable)
+    killed = trainer.args.resume_from_checkpoint
+    if killed and trainer.is_world_process_zero(): logging.getLogger(__name__).warning("Training goes on from %s.", killed)
+    loss = trainer.train(resume_from_checkpoint=killed).training_loss
     if not loss < float("inf"):
         raise EcomoptError(f"The training diverged: its mean loss is {loss}.", f"seed {trainer.args.seed}", "Lower learning_rate.")
+
+# %% ../../nbs/core/12_train.ipynb #f204ee30
+def _loss(smoothing: float, outputs, labels: torch.Tensor, num_items_in_batch: int) -> torch.Tensor:
+    "Mean cross-entropy of all sentences of a step, into however many pieces and processes it is cut."
+    return F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing) / num_items_in_batch
 
 
 def _train(classifier: Classifier, data: Dataset, args: TrainingArguments, callbacks: list, directory: Path) -> None:
     "Train and save."
     run(Trainer(classifier.model, args, train_dataset=tokenized(classifier, data), callbacks=callbacks,
-        data_collator=DataCollatorWithPadding(classifier.tokenizer)))
+        compute_loss_func=partial(_loss, args.label_smoothing_factor), data_collator=DataCollatorWithPadding(classifier.tokenizer)))
     classifier.model.save_pretrained(directory)
     classifier.tokenizer.save_pretrained(directory)
+
+# %% ../../nbs/core/12_train.ipynb #38b12007
+import argparse
+import importlib
+from datetime import timedelta
+
+from accelerate import PartialState
+
+from .data import load_task
+
+# %% ../../nbs/core/12_train.ipynb #69fa1688
+def _settings(words: list[str]) -> dict:
+    "Turn `--batch-size 32 --bf16 false` into settings; a value is JSON if it can be, a string if not."
+    names, values = words[::2], words[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise EcomoptError(f"Settings are pairs of name and value, not {' '.join(words)!r}.", "the command line", "Write --epochs 2, for example.")
+    def value(text):
+        try: return json.loads(text)
+        except ValueError: return text
+    return {name[2:].replace("-", "_"): value(text) for name, text in zip(names, values)}
+
+
+def _join(timeout: float) -> None:
+    "Join the processes that torchrun started; those it starts again must not read the addresses of the killed ones."
+    if not dist.is_torchelastic_launched(): return
+    store, rank, processes = next(dist.rendezvous("env://"))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ["GROUP_WORLD_SIZE"] == "1" else "0"  # each machine counts its own
+    dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=processes, timeout=timedelta(seconds=timeout))
+
+# %% ../../nbs/core/12_train.ipynb #7d3e60a8
+def main(
+    words: Sequence[str] | None = None,  # of the command line; those of this process if not given
+) -> None:
+    "Train from the command line and save an artifact; a training that was killed goes on from its last checkpoint."
+    parser = argparse.ArgumentParser("python -m ecomopt.core.train", allow_abbrev=False,
+        epilog="Any other --name value is a setting of finetune, distill or transformers.TrainingArguments.")
+    parser.add_argument("step", choices=["finetune", "distill"], help="what to do")
+    parser.add_argument("model", help="finetune: an asset, a directory or a hub id; distill: the teacher, an artifact")
+    parser.add_argument("task", help="a task of the book, or a file with the columns text and label: .csv, .tsv, .parquet, .jsonl")
+    parser.add_argument("--out", required=True, help="the artifact to write: a new directory, or an earlier one to replace")
+    known, others = parser.parse_known_args(words)
+    settings = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, **_settings(others)}
+    _join(settings.get("ddp_timeout", 1800))
+    task = Task.from_csv(known.task, "text", "label") if Path(known.task).suffix else load_task(known.task)
+    public = importlib.import_module("ecomopt")  # steps and artifacts by their public names
+    model = public.load(known.model) if known.step == "distill" else known.model
+    result = getattr(public, known.step)(model, task, **settings)  # in every process; the first one writes
+    if PartialState().is_main_process: public.save(result, known.out, [dict(settings, step=known.step, model=known.model, task=task.name)])
+    PartialState().destroy_process_group()
+
+# %% ../../nbs/core/12_train.ipynb #4b768bb3
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
+    try: main()
+    except EcomoptError as error: raise SystemExit(str(error)) from None
