@@ -14,10 +14,10 @@ NOTES = ("Reviews, test split, two threads. Accuracy: mean, smallest and largest
 
 rows, task = [], load_task("reviews")
 for seed in SEEDS:
-    sample = task.sample(transfer=9_000, seed=seed)
+    sample = task.sample(transfer=6_000, seed=seed)
     teacher = finetune("minilm", sample, epochs=2, batch_size=16, seed=seed)
-    start = shrink(teacher, layers=5, neurons=512, heads=8, first_token=True, importance="taylor", task=sample)
-    student = distill(teacher, sample, quantize(start, embedding_bits=4, linear=False), pieces=14_000, learning_rate=5e-5, seed=seed)
+    start = shrink(teacher, layers=5, neurons=384, heads=8, first_token=True, importance="taylor", task=sample)
+    student = distill(teacher, sample, quantize(start, embedding_bits=4, linear=False), pieces=13_000, learning_rate=5e-5, seed=seed)
     models = {"teacher, float32": teacher, "student, float32": student, "student, int8": quantize(student)}
     comparison = compare(models, sample, seed=seed)
     for name, m in comparison.measurements.items():
