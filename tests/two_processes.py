@@ -6,5 +6,5 @@ import tiny
 from safetensors.torch import save_file
 from test_distill import arguments, trained
 
-weights = trained(arguments(12, ddp_backend="gloo"), teacher_model=tiny.classifier().model)
+weights = trained(arguments(24, ddp_backend="gloo"), teacher_model=tiny.classifier().model)
 save_file({"weights": weights}, Path(sys.argv[1]) / "weights.safetensors")
