@@ -6,14 +6,17 @@
 __all__ = ['launch', 'ShardSampler']
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #b6e53038
+import copyreg
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
@@ -56,7 +59,7 @@ def _failure(exits: list[int | None], folder: str) -> EcomoptError:
     error.__cause__ = RuntimeError(f"in process {first}\n{trace}")
     return error
 
-
+# %% ../../nbs/accelerate/31_data_parallel.ipynb #c4f553d4
 def _wait(crew: list, timeout: float, folder: str) -> None:
     "Wait until all processes have finished, one has failed, or time is up."
     end = monotonic() + timeout
@@ -68,6 +71,12 @@ def _wait(crew: list, timeout: float, folder: str) -> None:
             wait(running, 0.5)  # so that it is known of each whether it died or failed
             raise _failure([process.exitcode for process in crew], folder)
 
+
+def _result(path: str) -> object:
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise EcomoptError("A worker returned more than tensors and plain data.", "launch", "Return tensors, numbers, texts, lists and dicts.") from error
+
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #e02c01ee
 def launch(
     worker: Callable,      # called as worker(rank, *args) in every process; it may be defined in a notebook
@@ -78,6 +87,7 @@ def launch(
 ) -> list:                 # what each process returned, by rank: tensors and plain data
     "Run a function in several processes that can talk with one another (`torch.distributed`)."
     if processes < 1: raise EcomoptError(f"{processes} processes cannot work.", "argument processes", "Give a number of 1 or more.")
+    copyreg.pickle(type(dist.config), lambda module: (import_module, (module.__name__,)))  # what cloudpickle takes any `.config` for
     context = multiprocessing.get_context("forkserver")  # imports once, then starts a process in a moment
     context.set_forkserver_preload(["ecomopt.accelerate.data_parallel", "ecomopt.core.train"])
     with tempfile.TemporaryDirectory() as folder:
@@ -86,10 +96,10 @@ def launch(
         try:
             for process in crew: process.start()
             _wait(crew, timeout, folder)
-            return [torch.load(f"{folder}/{rank}.pt", map_location="cpu", weights_only=True) for rank in range(processes)]
+            return [_result(f"{folder}/{rank}.pt") for rank in range(processes)]
         finally:
             for process in crew:
-                if process.pid: process.kill()
+                if process.pid: process.kill(); process.join()
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #c67a8435
 class ShardSampler(Sampler[int]):
