@@ -250,6 +250,7 @@ def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
     with pytest.raises(EcomoptError, match=what): prune(original, **wrong)
     with pytest.raises(EcomoptError, match=what): PruneCallback(**wrong)
+    with pytest.raises(EcomoptError, match=what): masks(prunable(original.model), **wrong)
 
 
 @pytest.mark.parametrize("scope, where", [("global", "the layers"), ("local", "attention.self.query")])
