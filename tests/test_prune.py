@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
@@ -96,6 +97,12 @@ def test_only_the_layers_are_pruned(kind):
     assert changed == {f"{name}.weight" for name in prunable(KINDS[kind].model)}
     assert all(part not in name for name in changed for part in ("embedding", "Norm", "norm", "classifier", "pooler"))
     assert all((after[name] == 0).any() and not (before[name] == 0).any() for name in changed)
+
+
+def test_language_models_are_pruned_too():
+    config = AutoConfig.for_model("llama", vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model = prune(Classifier(AutoModelForCausalLM.from_config(config), None), 0.5).model
+    assert len(prunable(model)) == 2 * 7 and sparsity_of(model) == 0.5 and (model.lm_head.weight != 0).all()
 
 
 def test_random_choices_have_a_seed():
@@ -243,6 +250,7 @@ def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
     with pytest.raises(EcomoptError, match=what): prune(original, **wrong)
     with pytest.raises(EcomoptError, match=what): PruneCallback(**wrong)
+    with pytest.raises(EcomoptError, match=what): masks(prunable(original.model), **wrong)
 
 
 @pytest.mark.parametrize("scope, where", [("global", "the layers"), ("local", "attention.self.query")])

@@ -35,31 +35,6 @@ def sparsity_of(
     weights = [linear.weight for linear in prunable(model).values()]
     return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
 
-# %% ../../nbs/compress/21_prune.ipynb #bc87d671
-def _groups(linears: dict[str, nn.Linear], scope: str) -> list[list[str]]:
-    "Names of the matrices whose weights compete."
-    return [list(linears)] if scope == "global" else [[name] for name in linears]
-
-
-def masks(
-    linears: dict[str, nn.Linear],  # what `prunable` found
-    sparsity: float,                # share of zeros, 0 ≤ s < 1
-    scope: str = "global",          # "global": all matrices compete; "local": each has this sparsity
-    importance: str = "magnitude",  # which weights stay: "magnitude" or "random"
-    seed: int = 0,                  # of "random"
-) -> dict[str, torch.Tensor]:       # [m, n] for each matrix: True where a weight stays; what is zero goes first
-    "Choose the weights that stay: equation (1)."
-    generator, weights, result = torch.Generator().manual_seed(seed), {name: linear.weight.detach() for name, linear in linears.items()}, {}
-    def score(w): return w.abs() if importance == "magnitude" else (1 - torch.rand(w.shape, generator=generator)).to(w.device) * (w != 0)
-    for names in _groups(linears, scope):
-        scores = torch.cat([score(weights[name]).flatten() for name in names])
-        k = max(round(sparsity * len(scores)), (scores == 0).sum().item())
-        stays = torch.ones_like(scores, dtype=torch.bool)
-        stays[scores.topk(k, largest=False, sorted=False).indices] = False
-        parts = stays.split([weights[name].numel() for name in names])
-        result |= {name: part.view_as(weights[name]) for name, part in zip(names, parts)}
-    return result
-
 # %% ../../nbs/compress/21_prune.ipynb #37f121d4
 def _check(scope: str, importance: str, **sparsities: float) -> None:
     for name, s in sparsities.items():
@@ -70,6 +45,11 @@ def _check(scope: str, importance: str, **sparsities: float) -> None:
             raise EcomoptError(f"The {name} {value!r} is not known.", f"argument {name}", f"Give {known[0]!r} or {known[1]!r}.")
 
 
+def _groups(linears: dict[str, nn.Linear], scope: str) -> list[list[str]]:
+    "Names of the matrices whose weights compete."
+    return [list(linears)] if scope == "global" else [[name] for name in linears]
+
+
 def _check_zeros(linears: dict[str, nn.Linear], sparsity: float, scope: str) -> None:
     "Refuse weights of which more are zero than shall be in the end."
     for names in _groups(linears, scope):
@@ -77,6 +57,27 @@ def _check_zeros(linears: dict[str, nn.Linear], sparsity: float, scope: str) -> 
         if (zeros := (weights == 0).sum().item()) > round(sparsity * len(weights)):
             raise EcomoptError(f"{zeros} of {len(weights)} weights are zero already, more than a sparsity of {sparsity} has.",
                 "the layers" if scope == "global" else names[0], "Give a higher sparsity, or start from the dense model.")
+
+# %% ../../nbs/compress/21_prune.ipynb #ce4c73a5
+def masks(
+    linears: dict[str, nn.Linear],  # what `prunable` found
+    sparsity: float,                # share of zeros, 0 ≤ s < 1
+    scope: str = "global",          # "global": all matrices compete; "local": each has this sparsity
+    importance: str = "magnitude",  # which weights stay: "magnitude" or "random"
+    seed: int = 0,                  # of "random"
+) -> dict[str, torch.Tensor]:       # [m, n] for each matrix: True where a weight stays; what is zero goes first
+    "Choose the weights that stay: equation (1)."
+    _check(scope, importance, sparsity=sparsity)
+    generator, weights, result = torch.Generator().manual_seed(seed), {name: linear.weight.detach() for name, linear in linears.items()}, {}
+    def score(w): return w.abs() if importance == "magnitude" else (1 - torch.rand(w.shape, generator=generator)).to(w.device) * (w != 0)
+    for names in _groups(linears, scope):
+        scores = torch.cat([score(weights[name]).flatten() for name in names])
+        k = max(round(sparsity * len(scores)), (scores == 0).sum().item())
+        stays = torch.ones_like(scores, dtype=torch.bool)
+        stays[scores.topk(k, largest=False, sorted=False).indices] = False
+        parts = stays.split([weights[name].numel() for name in names])
+        result |= {name: part.view_as(weights[name]) for name, part in zip(names, parts)}
+    return result
 
 
 @torch.no_grad()
