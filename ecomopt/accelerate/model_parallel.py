@@ -80,7 +80,7 @@ def predict_bytes(
     parts: Sequence[str] | None = None, # what `tensor_parallel` splits; if not given, everything is sharded
 ) -> dict[str, int]:                    # weights, gradients, optimizer: bytes that the first process holds after a step of Adam
     "Predict what a process holds: its part of each weight, four times (Rajbhandari et al. 2020, section 3)."
-    cut = _is_cut(model, parts or ())
+    cut = _is_cut(model, parts) if parts else set()
     def numbers(p):
         if parts is None: return -(-p.shape[0] // processes) * (p.numel() // p.shape[0])  # its rows; the last process may have fewer
         return p.numel() // processes if p in cut else p.numel()
