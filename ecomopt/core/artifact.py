@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from .. import EcomoptError, __version__
 from .assets import write_beside
@@ -34,7 +34,7 @@ class Rebuildable(nn.Module):
 
     @classmethod
     def rebuild(cls,
-        old: nn.Module,  # what the configuration builds in this place
+        old: nn.Module,  # what the configuration builds in this place; for the whole model, the configuration
         **spec,          # what `spec` said
     ) -> nn.Module:      # shapes are right, numbers are not yet
         "Make an empty one in the place of `old`."
@@ -47,13 +47,17 @@ def _specs(model: nn.Module) -> dict[str, dict]:
             for name, m in model.named_modules() if hasattr(m, "spec")}
 
 
-def _rebuild(model: nn.Module, specs: dict[str, dict]) -> None:
-    "Put the special modules of an artifact in their places, still without their numbers."
+def _rebuild(config: PreTrainedConfig, specs: dict[str, dict]) -> nn.Module:
+    "Build the model of an artifact, special modules in their places, still without its numbers."
+    model = None if "" in specs else AutoModelForSequenceClassification.from_config(config)
     for name, entry in specs.items():
         module_name, _, class_name = entry["class"].rpartition(".")
         if module_name.split(".")[0] != "ecomopt": raise ValueError(f"module class {entry['class']!r} is not one of ecomopt")
         cls = getattr(importlib.import_module(module_name), class_name)
-        model.set_submodule(name, cls.rebuild(model.get_submodule(name), **entry["spec"]))
+        new = cls.rebuild(model.get_submodule(name) if name else config, **entry["spec"])
+        if name: model.set_submodule(name, new)
+        else: model = new
+    return model
 
 # %% ../../nbs/core/13_artifact.ipynb #16a3eac0
 def save(
@@ -122,8 +126,7 @@ def load(
     about = _manifest(path)
     _verify(path, about["files"])
     try:
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
-        _rebuild(model, about["modules"])
+        model = _rebuild(AutoConfig.from_pretrained(path), about["modules"])
         model.load_state_dict(load_file(path / "model.safetensors"), assign=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:

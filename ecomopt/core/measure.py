@@ -109,6 +109,7 @@ def count_macs(
     tokens: int = MACS_TOKENS,  # length of the sentence
 ) -> int:                       # multiply-adds in all matrix products, attention included
     "Count the multiply-adds of one sentence by running it."
+    if hasattr(model, "count_macs"): return model.count_macs(tokens)
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
     operations = torch.ops.quantized.linear_dynamic, torch.ops.onednn.qlinear_pointwise, torch.ops.aten._int_mm
     known = {operation: _int8_flops for operation in operations}
@@ -121,6 +122,7 @@ def count_parameters(
     model: torch.nn.Module,  # any module; quantized linear layers included
 ) -> int:              # shared ones once; of quantized layers the weights alone
     "Count a model's weights, also those that quantized layers keep in another form."
+    if hasattr(model, "count_parameters"): return model.count_parameters()
     shapes = ("in_features", "out_features"), ("num_embeddings", "embedding_dim")
     packed = [module for module in model.modules() if not isinstance(getattr(module, "weight", None), torch.nn.Parameter)]
     return sum(p.numel() for p in model.parameters()) + sum(
@@ -327,7 +329,8 @@ def _conditions(classifier: Classifier, task: Task, settings: dict) -> dict:
     "Where and how a measurement was taken."
     return {"data": task.fingerprint, "device": str(classifier.model.device), "macs_tokens": MACS_TOKENS, **settings,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"ecomopt": __version__, "torch": torch.__version__, "transformers": transformers.__version__}}
+            "versions": {"ecomopt": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                         **getattr(classifier.model, "versions", {})}}
 
 # %% ../../nbs/core/14_measure.ipynb #70e69d5a
 def compare(
