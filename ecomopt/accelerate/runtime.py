@@ -50,14 +50,17 @@ class _Lookup(nn.Module):
 
     def __init__(self, table: QuantizedEmbedding):
         super().__init__()
-        self.bits, self.group = table.bits, table.group
+        self.bits, self.group, self.columns = table.bits, table.group, table.embedding_dim
         for name in ("weight", "scale"): self.register_buffer(name, getattr(table, name))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.weight[ids].float()
-        if self.bits == 4:
-            high = torch.floor(x / 16)
-            x = torch.stack([x - 16 * high, high], -1).flatten(-2) - 8
+        if self.bits < 5:  # several integers are in a byte, the first in its lowest bits
+            base, digits = (4 if self.bits == 2 else 16), []
+            while base ** len(digits) < 256:
+                high = torch.floor(x / base)
+                digits, x = [*digits, x - base * high - base // 2], high
+            x = torch.stack(digits, -1).flatten(-2)[..., :self.columns]
         return (x.unflatten(-1, (-1, self.group)) * self.scale[ids].float()[..., None]).flatten(-2)
 
 
