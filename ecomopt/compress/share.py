@@ -298,13 +298,14 @@ def _in_int8(module: Int8Linear, origin: dict[bytes, SharedLinear]) -> Int8Linea
     new.load_state_dict({**rest, "packed": packed, "codebook": torch.cat(books)}, assign=True)
     return new if torch.equal(new.weight, integers) else module
 
-
+# %% ../../nbs/compress/24_share.ipynb #ee3eccc2
 def keep_codebooks(
     quantized: Classifier,  # what `quantize` made of `shared`, in 8 bits; it is left as it is
     shared: Classifier,     # what `share_weights` gave, trained or not
 ) -> Classifier:            # a copy that runs as `quantized` does and gives the same answers
     "Store a quantized model by the codebooks of the shared model that it was made of."
-    origin = {quantize_rows(m.weight.detach().float().cpu())[0][0].numpy().tobytes(): m for m in shared.model.modules() if isinstance(m, SharedLinear)}
+    def first_row(m): return quantize_rows(m.weight.detach()[:1].float().cpu())[0].numpy().tobytes()
+    origin = {first_row(m): m for m in shared.model.modules() if isinstance(m, SharedLinear)}
     model = copy.deepcopy(quantized.model)
     layers = {name: _in_int8(m, origin) for name, m in model.named_modules() if isinstance(m, Int8Linear)}
     if not any(isinstance(layer, SharedInt8Linear) for layer in layers.values()):
