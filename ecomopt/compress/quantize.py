@@ -75,11 +75,15 @@ def _ruler(low: float, high: float) -> tuple[float, int]:
     return scale, math.ceil(-low / scale)
 
 
-def _to_bytes(x: torch.Tensor, scale: float, zero: int, clip: bool, out: torch.Tensor | None = None) -> torch.Tensor:
-    "Equation (1) with eight bits; `out` is memory that may be overwritten, also that of `x`."
-    shifted = torch.add(torch.tensor(_ROUND + zero), x, alpha=1 / scale, out=out)
-    if clip: shifted.clamp_(_ROUND, _ROUND + 255)
-    return shifted.view(torch.int32).to(torch.uint8)
+def _to_bytes(x: torch.Tensor, scale: float, zero: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    "Equation (1) with eight bits, inside of the range; `out` is memory that may be overwritten, also that of `x`."
+    return torch.add(torch.tensor(_ROUND + zero), x, alpha=1 / scale, out=out).view(torch.int32).to(torch.uint8)
+
+
+def _read(x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, float, int]:
+    "Quantize an input by its own range: integers, scale, zero point; `out` is memory that may be overwritten."
+    scale, zero = _ruler(*(limit.item() for limit in torch.aminmax(x)))
+    return _to_bytes(x, scale, zero, out), scale, zero
 
 # %% ../../nbs/compress/23_quantize.ipynb #56781501
 class _Prepared(Rebuildable):
@@ -93,75 +97,51 @@ class _Prepared(Rebuildable):
         super()._load_from_state_dict(*args)
 
 
-class _Ready:
-    "What an `Int8Linear` keeps: weights as the kernel wants them, their zero points, and the ruler of a fixed range."
-    def __init__(self, layer: "Int8Linear"):
-        self.weight = torch.ops.onednn.qlinear_prepack(unpack(layer.weight, layer.bits, layer.in_features), None)
-        self.zeros = torch.zeros(layer.out_features, dtype=torch.int64)
-        self.fixed = _ruler(*layer.range.tolist()) if layer.static else None
-
-
-def _prepared(self) -> _Ready:
-    "What the kernel wants, made once."
-    if self.ready is None: self.ready = _Ready(self)
+def _prepared(self) -> tuple[torch.Tensor, torch.Tensor]:
+    "Weights as the kernel wants them, and their zero points, made once."
+    if self.ready is None:
+        packed = torch.ops.onednn.qlinear_prepack(unpack(self.weight, self.bits, self.in_features), None)
+        self.ready = packed, torch.zeros(self.out_features, dtype=torch.int64)
     return self.ready
 
 # %% ../../nbs/compress/23_quantize.ipynb #b83ce4ad
-def _read(self, x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, float, int]:
-    "Quantize an input: integers, scale, zero point; `out` is memory that may be overwritten."
-    if self.watch: self.watch(x)
-    fixed = self.prepared().fixed
-    scale, zero = fixed or _ruler(*(limit.item() for limit in torch.aminmax(x)))
-    return _to_bytes(x, scale, zero, clip=fixed is not None, out=out), scale, zero
-
-
 def _multiply(self, integers: tuple[torch.Tensor, float, int], add: torch.Tensor | None = None, own: bool = False) -> torch.Tensor:
     "Equation (4) and the activation function, or equation (4) plus `add`, in the memory of `add` if that is our own."
-    ready, kernel = self.prepared(), torch.ops.onednn.qlinear_pointwise
+    (packed, zeros), kernel = self.prepared(), torch.ops.onednn.qlinear_pointwise
     if add is None:
-        return kernel(*integers, ready.weight, self.scale, ready.zeros, self.bias, 1.0, 0, torch.float32, self.activation, [], "none")
-    return kernel.binary(*integers, ready.weight, self.scale, ready.zeros, add, self.bias, 1.0, 0, torch.float32, 1.0, 0,
+        return kernel(*integers, packed, self.scale, zeros, self.bias, 1.0, 0, torch.float32, self.activation, [], "none")
+    return kernel.binary(*integers, packed, self.scale, zeros, add, self.bias, 1.0, 0, torch.float32, 1.0, 0,
         "sum" if own else "add", 1.0, "none", [], "")
-
-
-def _multiply_to_bytes(self, integers: tuple[torch.Tensor, float, int], scale: float, zero: int) -> tuple[torch.Tensor, float, int]:
-    "Equation (4) and the activation function, with an output that is quantized already."
-    ready = self.prepared()
-    return torch.ops.onednn.qlinear_pointwise(*integers, ready.weight, self.scale, ready.zeros, self.bias, scale, zero, torch.uint8,
-        self.activation, [], "none"), scale, zero
 
 # %% ../../nbs/compress/23_quantize.ipynb #0a988812
 class Int8Linear(_Prepared):
     "A linear layer with integer weights that is multiplied in int8 (Jacob et al. 2018)."
-    settings = "in_features", "out_features", "activation", "bits", "static"
-    watch = None  # while calibrating: a function that is shown each input
-    prepared, read, multiply, multiply_to_bytes = _prepared, _read, _multiply, _multiply_to_bytes
+    settings = "in_features", "out_features", "activation", "bits"
+    prepared, multiply = _prepared, _multiply
 
     def __init__(self,
         in_features: int,          # n
         out_features: int,         # m
         activation: str = "none",  # applied to the output: "none" or "gelu"
         bits: int = 8,             # of a weight, 2…8
-        static: bool = False,      # whether the range of the input is fixed
     ):
         super().__init__()
-        self.in_features, self.out_features, self.activation, self.bits, self.static = in_features, out_features, activation, bits, static
+        self.in_features, self.out_features, self.activation, self.bits = in_features, out_features, activation, bits
         integers = torch.zeros(out_features, in_features, dtype=torch.int8)
         numbers = dict(weight=pack(integers, bits), scale=torch.ones(out_features), bias=torch.zeros(out_features))
-        for name, value in (numbers | dict(range=torch.zeros(2)) if static else numbers).items(): self.register_buffer(name, value)
+        for name, value in numbers.items(): self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m]
         "Equation (4), and the activation function."
-        return self.multiply(self.read(x))
+        return self.multiply(_read(x))
 
 # %% ../../nbs/compress/23_quantize.ipynb #90a71725
 def int8_linear(
     *maps: nn.Linear,          # the layers to replace; several of one input are stacked and become one product
     activation: str = "none",  # applied to the output: "none" or "gelu"
-    bits: int = 8,             # of a weight, 2…8, unless a layer was trained for a number of its own
+    bits: int = 8,             # of a weight, 2…8
 ) -> Int8Linear:               # with the same weights, one scale a row
     "Quantize a linear layer."
-    bits = getattr(maps[0], "bits", bits)
     new = Int8Linear(maps[0].in_features, sum(m.out_features for m in maps), activation, bits)
     integers, new.scale = quantize_rows(torch.cat([m.weight.detach().float() for m in maps]), bits)
     new.weight = pack(integers, bits)
@@ -188,10 +168,9 @@ def _bias(mask: torch.Tensor | None, heads: int, like: torch.Tensor) -> torch.Te
 def _forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs) -> torch.Tensor:
     "[B, L, d] → [B, L, d], or [B, 1, d] of the first token."
     context, old = self.attend(x, attention_mask), x[:, :1].contiguous() if self.first else x
-    x = self.norm1(self.out.multiply(self.out.read(context, out=context), add=old))
-    wide, fixed = self.up.read(x), self.down.prepared().fixed
-    wide = self.up.multiply_to_bytes(wide, *fixed) if fixed else self.down.read(y := self.up.multiply(wide), out=y)
-    return self.norm2(self.down.multiply(wide, add=x, own=True))
+    x = self.norm1(self.out.multiply(_read(context, out=context), add=old))
+    wide = self.up(x)
+    return self.norm2(self.down.multiply(_read(wide, out=wide), add=x, own=True))
 
 # %% ../../nbs/compress/23_quantize.ipynb #1c471ffb
 class Int8Layer(Rebuildable):
