@@ -23,6 +23,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ecomopt/accelerate/data_parallel.py')},
             'ecomopt.accelerate.model_parallel': { 'ecomopt.accelerate.model_parallel._is_cut': ( 'accelerate/model_parallel.html#_is_cut',
                                                                                                   'ecomopt/accelerate/model_parallel.py'),
+                                                   'ecomopt.accelerate.model_parallel._maps': ( 'accelerate/model_parallel.html#_maps',
+                                                                                                'ecomopt/accelerate/model_parallel.py'),
                                                    'ecomopt.accelerate.model_parallel.check_split': ( 'accelerate/model_parallel.html#check_split',
                                                                                                       'ecomopt/accelerate/model_parallel.py'),
                                                    'ecomopt.accelerate.model_parallel.held_bytes': ( 'accelerate/model_parallel.html#held_bytes',

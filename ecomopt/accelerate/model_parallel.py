@@ -6,10 +6,11 @@
 __all__ = ['check_split', 'tensor_parallel', 'shard', 'predict_bytes', 'held_bytes']
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #2ead4d4c
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,6 +42,14 @@ def check_split(
                     f"Use a number of processes that divides {number}" + (", or parts=['neurons']." if part == "heads" else "."))
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #e88d52d4
+def _maps(model: PreTrainedModel, parts: Sequence[str]) -> Iterator[tuple[nn.Module, list[str], str]]:
+    "Each layer with the names of the linear maps that lead to its heads or neurons, and of the one that leads on."
+    for layer in layers_of(model):
+        for part in parts:
+            *first, last = _PARTS[model.config.model_type][part]
+            yield layer, first, last
+
+
 def tensor_parallel(
     model: PreTrainedModel,                        # in every process the same; it is changed in place
     parts: Sequence[str] = ("heads", "neurons"),   # what to split; the rest stays whole in every process
@@ -48,10 +57,8 @@ def tensor_parallel(
     "Give each process its part of the heads and neurons of every layer (Shoeybi et al. 2019)."
     check_split(model, dist.get_world_size(), parts)
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    for layer in layers_of(model):
-        for part in parts:
-            *first, last = _PARTS[model.config.model_type][part]
-            parallelize_module(layer, mesh, {**{name: ColwiseParallel() for name in first}, last: RowwiseParallel()})
+    for layer, first, last in _maps(model, parts):
+        parallelize_module(layer, mesh, {**{name: ColwiseParallel() for name in first}, last: RowwiseParallel()})
     return model
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #c71ea96d
@@ -67,10 +74,8 @@ def shard(
 def _is_cut(model: PreTrainedModel, parts: Sequence[str]) -> set[torch.Tensor]:
     "The weights that `tensor_parallel` cuts: all of the maps that lead to heads or neurons, and the matrix of the one that leads on."
     found = set()
-    for layer in layers_of(model):
-        for part in parts:
-            *first, last = _PARTS[model.config.model_type][part]
-            found |= {layer.get_submodule(last).weight}.union(*(layer.get_submodule(name).parameters() for name in first))
+    for layer, first, last in _maps(model, parts):
+        found |= {layer.get_submodule(last).weight}.union(*(layer.get_submodule(name).parameters() for name in first))
     return found
 
 
