@@ -153,7 +153,7 @@ def _attend(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     "softmax(Q Kᵀ / √d_h) V: [B, L, d] and None or [B, 1, L, L] → [B, L, h·d_h], or [B, 1, h·d_h] of the first token."
     def split(y, parts): return y.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # [parts, B·h, L, d_h]
     q, k, v = [*split(self.query(x[:, :1].contiguous()), 1), *split(self.qkv(x), 2)] if self.first else split(self.qkv(x), 3)
-    scores = torch.baddbmm(_bias(mask, self.heads, q), q, k.mT, alpha=q.shape[-1]**-0.5)
+    scores = torch.baddbmm(_bias(mask, self.heads, q), q, k.transpose(1, 2), alpha=q.shape[-1]**-0.5)
     return (scores.softmax(-1) @ v).unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
 
 
