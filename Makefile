@@ -34,6 +34,8 @@ site: assets  ## Execute the notebooks in full and build the site in _site/
 	@$(BIN)/python tools/site.py
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
+	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS),runtimes]'
+	@test -d .peers || $(PIP) install --no-deps --target .peers torchao==0.18.0  # apart: beside transformers it warns at every import
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these
@@ -46,7 +48,7 @@ constraints: $(READY)  ## Pin in constraints.txt the versions that .venv holds n
 	@$(PIP) freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt
 
 clean:  ## Remove all that make made here; the downloaded assets stay in the cache
-	@rm -rf $(VENV) _site _stage _run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .peers _site _stage _run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 assets: $(READY)
