@@ -53,9 +53,10 @@ def _dequantized(self) -> torch.Tensor:  # bfloat16 [m, n]
 def _multiply(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m], in the type of x
     "Multiply: a few rows by the integers, many by the numbers."
     rows, ops = x.reshape(-1, self.in_features).bfloat16(), torch.ops.aten
+    weight, scale = self.prepared()
     if len(rows) > (16 if self.bits == 8 else 128): y = F.linear(rows, self.dequantized())
-    elif self.bits == 8: y = ops._weight_int8pack_mm(rows, *self.prepared())
-    else: y = ops._weight_int4pack_mm_for_cpu(rows, self.prepared()[0], self.group, self.prepared()[1])
+    elif self.bits == 8: y = ops._weight_int8pack_mm(rows, weight, scale)
+    else: y = ops._weight_int4pack_mm_for_cpu(rows, weight, self.group, scale)
     y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
     return y + self.bias if self.has_bias else y
 
@@ -101,11 +102,11 @@ def weight_only_linear(
 def _attend(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, cache) -> torch.Tensor:
     "Causal attention with grouped heads: [B, L, d] → [B, L, h·d_h]; `turns` are cosines and sines [B, L, d_h]."
     (cos, sin), half = (part[:, :, None] for part in turns), self.size // 2
-    y = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.size))  # [B, L, heads of all three, d_h]
+    y = self.qkv(self.norm1(x).bfloat16()).unflatten(-1, (-1, self.size))  # [B, L, heads of all three, d_h]
     turned, v = y.split([self.heads + self.kv_heads, self.kv_heads], 2)
-    turned = torch.addcmul(turned * cos, turned.roll(half, -1), torch.cat([-sin[..., :half], sin[..., half:]], -1))
+    turned = turned * cos + turned.roll(half, -1) * (sin * self.signs)
     q, k = turned.transpose(1, 2).split([self.heads, self.kv_heads], 1)
-    v = v.transpose(1, 2)
+    v = v.transpose(1, 2).to(k.dtype)
     if cache is not None: k, v = cache.update(k, v, self.number)
     if x.shape[1] == 1:  # query heads that share a key are rows of one product
         return F.scaled_dot_product_attention(q.reshape(len(x), self.kv_heads, -1, self.size), k, v, mask).reshape(len(x), 1, -1)
@@ -115,8 +116,8 @@ def _attend(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mas
 def _forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
              position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None, past_key_values=None, **kwargs) -> torch.Tensor:
     "[B, L, d] → [B, L, d]."
-    x = hidden_states + self.out(self.attend(hidden_states, position_embeddings, attention_mask, past_key_values))
-    gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+    x = hidden_states + self.out(self.attend(hidden_states, position_embeddings, attention_mask, past_key_values).bfloat16())
+    gate, up = self.gate_up(self.norm2(x).bfloat16()).chunk(2, -1)
     return x + self.down(F.silu(gate) * up)
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #034db545
@@ -140,6 +141,7 @@ class WeightOnlyLayer(Rebuildable):
         self.qkv, self.out = WeightOnlyLinear(width, (heads + 2 * kv_heads) * size, 8), WeightOnlyLinear(heads * size, width, 8)
         self.gate_up, self.down = WeightOnlyLinear(width, 2 * neurons, 8), WeightOnlyLinear(neurons, width, 8)
         self.norm1, self.norm2 = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.register_buffer("signs", torch.tensor([-1.0, 1.0]).repeat_interleave(size // 2), persistent=False)
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #55bfc46e
 def _quantized_layer(old: nn.Module, bits: int, group: int) -> WeightOnlyLayer:
