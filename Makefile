@@ -4,7 +4,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS  := dev
-ASSETS  := minilm reviews reviews_zh
+ASSETS  := minilm smollm2 reviews reviews_zh
 READY   := $(VENV)/.ready
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
 

@@ -33,10 +33,12 @@ _HOMES = {
     "core.train": "Classifier finetune load_model",
     "core.artifact": "load save",
     "core.measure": "Measurement compare measure",
+    "core.generate": "LanguageModel load_language_model",
     "compress.distill": "DistillationTrainer distill",
     "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
+    "compress.quantize_llm": "quantize_language_model",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -7,10 +7,13 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from ecomopt.core.data import Task
+from ecomopt.core.generate import LanguageModel
 from ecomopt.core.train import Classifier
 
 WORDS = "the a is was it battery screen phone works broke great awful good bad very not love hate fast slow".split()
@@ -45,6 +48,16 @@ def distilbert(seed: int = 0) -> Classifier:
     ids = {0: "negative", 1: "positive"}
     config = DistilBertConfig(vocab_size=len(words), dim=64, n_layers=2, n_heads=4, hidden_dim=96, id2label=ids, label2id={v: k for k, v in ids.items()})
     return Classifier(DistilBertForSequenceClassification(config).eval(), words)
+
+
+def language_model(seed: int = 0, tied: bool = True, **others) -> LanguageModel:
+    """A random LLaMA with the same words, and no marks around a text."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=tied, initializer_range=0.3, pad_token_id=0, eos_token_id=None, **sizes | others)
+    return LanguageModel(LlamaForCausalLM(config).eval(), words)
 
 
 def task(rows: int = 60, seed: int = 0) -> Task:

@@ -9,12 +9,15 @@ __all__ = ['SUFFIXES', 'Rebuildable', 'save', 'load']
 import hashlib
 import importlib
 import json
+from operator import attrgetter
 from pathlib import Path
 
+import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .. import EcomoptError, __version__
 from .assets import write_beside
@@ -22,6 +25,10 @@ from .train import Classifier
 
 # %% ../../nbs/core/13_artifact.ipynb #24232769
 SUFFIXES = {".json", ".safetensors", ".txt", ".jinja"}  # plain data; a file of any other kind is refused
+_KINDS = {  # what an artifact may hold: the module of its class, and what makes the skeleton of its model
+    "Classifier": ("ecomopt.core.train", AutoModelForSequenceClassification),
+    "LanguageModel": ("ecomopt.core.generate", AutoModelForCausalLM),
+}
 
 # %% ../../nbs/core/13_artifact.ipynb #313b2672
 class Rebuildable(nn.Module):
@@ -55,24 +62,43 @@ def _rebuild(model: nn.Module, specs: dict[str, dict]) -> None:
         cls = getattr(importlib.import_module(module_name), class_name)
         model.set_submodule(name, cls.rebuild(model.get_submodule(name), **entry["spec"]))
 
+# %% ../../nbs/core/13_artifact.ipynb #b1c94e07
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    "Every tensor once, and the first name of each that has another name too."
+    tensors, same, first = {}, {}, {}
+    for name, tensor in model.state_dict().items():
+        other = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
+        if other == name: tensors[name] = tensor.detach().contiguous()
+        else: same[name] = other
+    return tensors, same
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], same: dict[str, str]) -> None:
+    "Give an empty model its numbers, in memory that starts where processors like it: some kernels crash elsewhere."
+    tensors = {name: tensor.clone() if tensor.data_ptr() % 64 else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()}, assign=True)
+    for name, other in same.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, attrgetter(other)(model))
+
 # %% ../../nbs/core/13_artifact.ipynb #16a3eac0
 def save(
-    classifier: Classifier,             # any model of this library
+    model: Classifier,                  # any model of this library, also a `LanguageModel`
     path: str | Path,                   # a new directory, or an earlier artifact to be replaced
     recipe: list | None = None,         # what was done to it, as plain data
     measurements: list | None = None,   # what was measured, as plain data
 ) -> Path:                              # the directory
-    "Save a classifier as an artifact: weights, configuration, tokenizer, recipe, measurements, hashes."
+    "Save a model as an artifact: weights, configuration, tokenizer, recipe, measurements, hashes."
     path = Path(path)
     if path.exists() and not (path / "artifact.json").exists():
         raise EcomoptError("There is something else already.", str(path), "Name a new directory, or an artifact to replace.")
     with write_beside(path) as part:
-        classifier.model.config.save_pretrained(part)
-        classifier.tokenizer.save_pretrained(part)
-        save_file({k: v.detach().contiguous() for k, v in classifier.model.state_dict().items()}, part / "model.safetensors",
-            metadata={"format": "pt"})
-        about = dict(format=1, ecomopt=__version__, max_length=classifier.max_length, modules=_specs(classifier.model),
-            recipe=recipe or [], measurements=measurements or [], files=_hashes(part))
+        model.model.config.save_pretrained(part)
+        model.tokenizer.save_pretrained(part)
+        tensors, same = _tensors(model.model)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        about = dict(format=1, ecomopt=__version__, kind=type(model).__name__, max_length=model.max_length, modules=_specs(model.model),
+            same=same, recipe=recipe or [], measurements=measurements or [], files=_hashes(part))
         (part / "artifact.json").write_text(json.dumps(about, indent=1), encoding="utf8")
         if path.exists(): _remove(path)
     return path
@@ -116,16 +142,17 @@ def _verify(path: Path, files: dict[str, str]) -> None:
 # %% ../../nbs/core/13_artifact.ipynb #75608f49
 def load(
     path: str | Path,  # a directory written by `save`
-) -> Classifier:       # in evaluation mode, on the CPU
+) -> Classifier:       # or the `LanguageModel` that was saved; in evaluation mode, on the CPU
     "Load an artifact after checking that every file is what was saved."
     path = Path(path)
     about = _manifest(path)
     _verify(path, about["files"])
     try:
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
+        home, auto = _KINDS[kind := about.get("kind", "Classifier")]
+        with init_empty_weights(): model = auto.from_config(AutoConfig.from_pretrained(path))
         _rebuild(model, about["modules"])
-        model.load_state_dict(load_file(path / "model.safetensors"), assign=True)
+        _fill(model, load_file(path / "model.safetensors"), about.get("same", {}))
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         raise EcomoptError(f"The artifact does not fit together: {error}", str(path), "Make it again with this version.") from error
-    return Classifier(model.eval(), tokenizer, about["max_length"])
+    return getattr(importlib.import_module(home), kind)(model.eval(), tokenizer, about["max_length"])
