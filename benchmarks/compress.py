@@ -92,7 +92,7 @@ def onnx_int8(classifier: Classifier, texts: list[str], folder: Path) -> Callabl
     with tempfile.TemporaryDirectory() as plain:
         torch.onnx.export(Logits(classifier.model), tuple(example.values()), f"{plain}/float.onnx", input_names=names,
             output_names=["logits"], dynamic_axes=axes, dynamo=False)
-        quant_pre_process(f"{plain}/float.onnx", f"{plain}/ready.onnx")
+        quant_pre_process(f"{plain}/float.onnx", f"{plain}/ready.onnx", skip_symbolic_shape=True)
         quantize_dynamic(f"{plain}/ready.onnx", folder / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
