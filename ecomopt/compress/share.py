@@ -110,17 +110,16 @@ def _unhuffman(coded: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 # %% ../../nbs/compress/24_share.ipynb #2c3d6726
 def _unpacked(self) -> torch.Tensor:
     "The places [rows, columns], unpacked at the first use."
+    count, bits = prod(self.shape), (self.entries - 1).bit_length()
     if self.places is None:
-        count, bits = prod(self.shape), (self.entries - 1).bit_length()
-        decode = _unhuffman if self.size < -(-count * bits // 8) else unpack_places  # Huffman's code is there only where it is shorter
+        decode = _unhuffman if self.size < -(-count * bits // 8) else unpack_places  # Huffman's code is shorter, or not there
         with torch.inference_mode(False):  # a training may want them later
             self.places = decode(self.packed.cpu(), bits, count).view(self.shape).to(self.packed.device)
     return self.places
 
-
 def _look_up(self) -> torch.Tensor:
     "Equation (1): the weights [rows, columns], a function of the codebooks."
-    first = self.entries * torch.arange(prod(self.shape) // self.group, dtype=torch.int32, device=self.packed.device)
+    first = torch.arange(0, self.codebook.numel(), self.entries, dtype=torch.int32, device=self.packed.device)  # of each codebook
     places = self.unpacked().view(-1, self.group) + first[:, None]
     return self.codebook.flatten().index_select(0, places.flatten()).view(self.shape)
 
@@ -156,10 +155,8 @@ class _Shared(_Prepared):
 def _weight(self) -> torch.Tensor:
     "The weights [m, n]: while the codebooks learn, looked up each time, otherwise once for the codebooks as they are."
     if torch.is_grad_enabled() and self.codebook.requires_grad: return self.look_up()
-    if self.ready is None or not torch.equal(self.ready[0], self.codebook):
-        self.ready = self.codebook.detach().clone(), self.fixed()
+    if self.ready is None or not torch.equal(self.ready[0], self.codebook): self.ready = self.codebook.detach().clone(), self.fixed()
     return self.ready[1]
-
 
 class SharedLinear(_Shared, nn.Linear):
     "A linear layer with shared weights."
