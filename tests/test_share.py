@@ -99,6 +99,26 @@ def test_equal_weights_have_no_error():
     assert torch.equal(centres.gather(1, places.long()), torch.full((2, 40), 0.3))
 
 
+@pytest.mark.parametrize("start", ["linear", "random"])
+@pytest.mark.parametrize("values", [[1.0, 1.0, -2.0], [0.5], [0.0, -0.0, 3.0, 3.0, 3.0]])
+def test_fewer_different_weights_than_centres(values, start):
+    values = torch.tensor([values])
+    centres, places = kmeans(values, bits=4, start=start)
+    found = centres.gather(1, places.long())
+    assert centres.isfinite().all() and found.isfinite().all()
+    if start == "linear": assert torch.equal(found, values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(monkeypatch, bad):
+    with pytest.raises(EcomoptError, match="not finite"): kmeans(torch.tensor([[1.0, bad, 2.0]]), bits=2)
+    model = tiny.classifier()
+    model.model.bert.pooler.dense.weight.data[3, 5] = bad
+    monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
+    with pytest.raises(EcomoptError, match="not finite") as caught: share_weights(model)
+    assert caught.value.where == "bert.pooler.dense"
+
+
 def test_even_weights_are_found_exactly():
     values = torch.tensor([[-1.0, 0.0, 1.0, 2.0]]).repeat_interleave(50, 1)
     centres, places = kmeans(values, bits=2)
@@ -162,7 +182,8 @@ def test_a_layer_is_a_linear_layer_of_its_centres(bits, group, bias, huffman):
     assert torch.equal(shared.weight, weight) and shared.codebook.shape == (48 * 64 // group, 2**bits)
     with torch.no_grad(): assert torch.equal(shared(x), F.linear(x, weight, layer.bias))
     assert torch.equal(shared(x), F.linear(x, weight, layer.bias))
-    assert len(shared.packed) == -(-48 * 64 * bits // 8) or shared.huffman
+    packed = -(-48 * 64 * bits // 8)
+    assert len(shared.packed) == shared.size == packed or huffman and shared.size < packed
 
 
 @pytest.mark.parametrize("group", [24, 96, None])
@@ -171,21 +192,21 @@ def test_a_centre_s_gradient_is_the_sum_over_its_weights(group):
     x, weight = random_weights(5, 48), shared.weight.detach().requires_grad_()
     F.linear(x, weight, shared.bias.detach()).pow(3).sum().backward()
     shared(x).pow(3).sum().backward()
-    by_hand, places = torch.zeros_like(shared.codebook), shared._unpacked().flatten().tolist()
+    by_hand, places = torch.zeros_like(shared.codebook), shared.unpacked().flatten().tolist()
     for i, (place, gradient) in enumerate(zip(places, weight.grad.flatten())): by_hand[i // shared.group, place] += gradient
     assert torch.allclose(shared.codebook.grad, by_hand, rtol=1e-4, atol=1e-3)
 
 
 def test_training_moves_centres_and_leaves_places():
     _, shared = shared_linear()
-    x, places = random_weights(5, 48), shared._unpacked().clone()
+    x, places = random_weights(5, 48), shared.unpacked().clone()
     with torch.no_grad(): before = shared(x)
     optimizer = torch.optim.SGD(shared.parameters(), lr=0.01)
     shared(x).square().sum().backward()
     optimizer.step()
     with torch.no_grad(): after = shared(x)
     assert not torch.equal(before, after) and torch.equal(after, F.linear(x, shared.weight, shared.bias))
-    assert torch.equal(shared._unpacked(), places) and len(shared.weight.unique()) <= 8
+    assert torch.equal(shared.unpacked(), places) and len(shared.weight.unique()) <= 8
 
 
 def test_a_layer_that_has_answered_can_be_trained_through():
@@ -205,9 +226,19 @@ def test_a_layer_that_has_answered_can_be_trained_through():
 def test_a_table_looks_up_its_rows(group):
     shared = _share(nn.Embedding(100, 48), bits=4, group=group, start="random", huffman=group > 48, seed=0)
     ids = torch.tensor([[0, 99, 7], [7, 7, 50]])
-    assert isinstance(shared, SharedEmbedding) and torch.equal(shared(ids), shared._look_up()[ids])
+    assert isinstance(shared, SharedEmbedding) and torch.equal(shared(ids), shared.look_up()[ids])
     shared(ids).sum().backward()
     assert shared.codebook.grad.sum() == ids.numel() * 48
+
+
+def test_a_codebook_that_is_changed_is_noticed():
+    """Between two answers without gradients, by an optimizer or by hand."""
+    _, shared = shared_linear()
+    x = random_weights(2, 48)
+    with torch.no_grad():
+        before = shared(x)
+        shared.codebook.mul_(2)
+        assert torch.allclose(shared(x) - shared.bias, 2 * (before - shared.bias), atol=1e-5)
 
 
 def test_numbers_loaded_later_and_copies_start_anew():
@@ -246,7 +277,7 @@ def test_artifacts_answer_the_same(tmp_path, kind, how):
 
 def test_a_fresh_process_says_the_same(tmp_path):
     shared = share_weights(tiny.classifier(), bits=3)
-    models = {"float": shared, "int8": keep_codebooks(quantize(shared), shared)}
+    models = {"float": shared, "int8": keep_codebooks(shared)}
     for name, model in models.items(): save(model, tmp_path / name)
     code = ("import json, sys, ecomopt; texts = json.loads(sys.argv[1]);"
             "print(json.dumps([ecomopt.load(path).logits(texts).tolist() for path in sys.argv[2:]]))")
@@ -303,9 +334,10 @@ def test_random_starts_differ_by_seed_alone():
 
 def test_distillation_trains_the_codebooks(monkeypatch, tmp_path):
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
-    teacher, task = tiny.classifier(seed=3), tiny.task(16)
+    teacher, task = tiny.classifier(seed=3), tiny.task(32)
+    teacher.model.classifier.weight.data *= 30  # answers that differ
     shared = share_weights(teacher, bits=2)
-    trained = distill(teacher, task, shared, epochs=4, learning_rate=3e-3)
+    trained = distill(teacher, task, shared, epochs=4, learning_rate=3e-3, alpha=1.0)
     far = (shared.logits(TEXTS) - teacher.logits(TEXTS)).norm()
     assert (trained.logits(TEXTS) - teacher.logits(TEXTS)).norm() < far
     old, new = shared.model.state_dict(), trained.model.state_dict()
@@ -322,7 +354,7 @@ def test_a_quantized_model_keeps_its_codebooks(tmp_path, kind, how):
     if kind == "uneven": how = {name: value for name, value in how.items() if name != "group"}
     shared = share_weights(MODELS[kind](), **how)
     quantized = quantize(shared)
-    small = keep_codebooks(quantized, shared)
+    small = keep_codebooks(shared)
     assert torch.equal(small.logits(TEXTS), quantized.logits(TEXTS))
     layers = [m for m in small.model.modules() if isinstance(m, Int8Linear)]
     assert layers and all(isinstance(m, SharedInt8Linear) for m in layers)
@@ -337,28 +369,28 @@ def test_trained_codebooks_are_kept_too(monkeypatch, tmp_path):
     teacher = tiny.classifier()
     trained = distill(teacher, tiny.task(16), share_weights(teacher, bits=3), learning_rate=1e-2)
     quantized = quantize(trained)
-    small = keep_codebooks(quantized, trained)
+    small = keep_codebooks(trained)
     assert all(isinstance(m, SharedInt8Linear) for m in small.model.modules() if isinstance(m, Int8Linear))
     assert torch.equal(small.logits(TEXTS), quantized.logits(TEXTS))
 
 
 def test_layers_that_were_not_shared_stay_in_int8():
     shared = share_weights(tiny.classifier(), bits=8)  # the head is too small for eight bits
-    small = keep_codebooks(quantize(shared), shared)
+    small = keep_codebooks(shared)
     assert type(small.model.classifier) is Int8Linear and isinstance(small.model.bert.pooler.dense, SharedInt8Linear)
 
 
-def test_codebooks_of_another_model_are_refused():
-    first, other = (share_weights(tiny.classifier(seed=seed)) for seed in (0, 1))
-    with pytest.raises(EcomoptError, match="not made of"): keep_codebooks(quantize(first), other)
-    with pytest.raises(EcomoptError, match="not made of"): keep_codebooks(first, first)
+@pytest.mark.parametrize("make", [lambda c: c, quantize, lambda c: share_weights(c, bits=None), lambda c: keep_codebooks(share_weights(c))])
+def test_there_must_be_codebooks_to_keep(make):
+    model = make(tiny.classifier())
+    with pytest.raises(EcomoptError, match="no linear layers with shared weights"): keep_codebooks(model)
 
 
 # bad input
 
 @pytest.mark.parametrize("wrong, what", [
-    (dict(bits=1), "bits is 1"), (dict(bits=9), "bits is 9"), (dict(bits=2.5), "bits is 2.5"), (dict(bits="4"), "bits is '4'"),
-    (dict(bits=True), "bits is True"), (dict(embedding_bits=0), "embedding_bits is 0"), (dict(embedding_bits=16), "embedding_bits is 16"),
+    (dict(bits=1), "of 1 bits"), (dict(bits=9), "of 9 bits"), (dict(bits=2.5), "of 2.5 bits"), (dict(bits="4"), "of '4' bits"),
+    (dict(bits=True), "of True bits"), (dict(embedding_bits=0), "argument embedding_bits"), (dict(embedding_bits=16), "argument embedding_bits"),
     (dict(group=0), "group is 0"), (dict(group=-32), "group is -32"), (dict(group=1.5), "group is 1.5"), (dict(group=37), "groups of 37"),
     (dict(group=4096), "groups of 4096"), (dict(bits=8, group=256), "more than 256 weights"), (dict(start="best"), "'best'"), (dict(bits=None, embedding_bits=None), "nothing to share"),
 ])
