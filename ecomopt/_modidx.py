@@ -153,6 +153,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.Int8Layer.__init__': ( 'compress/quantize.html#int8layer.__init__',
                                                                                              'ecomopt/compress/quantize.py'),
+                                           'ecomopt.compress.quantize.Int8Layer.widen': ( 'compress/quantize.html#int8layer.widen',
+                                                                                          'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.Int8Linear': ( 'compress/quantize.html#int8linear',
                                                                                      'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.Int8Linear.__init__': ( 'compress/quantize.html#int8linear.__init__',

@@ -117,7 +117,7 @@ def _multiply(self, integers: tuple[torch.Tensor, float, int], add: torch.Tensor
 class Int8Linear(_Prepared):
     "A linear layer with integer weights that is multiplied in int8 (Jacob et al. 2018)."
     settings = "in_features", "out_features", "activation", "bits"
-    prepared, multiply = _prepared, _multiply
+    prepared, multiply, read = _prepared, _multiply, staticmethod(_read)
 
     def __init__(self,
         in_features: int,          # n
@@ -133,17 +133,19 @@ class Int8Linear(_Prepared):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m]
         "Equation (4), and the activation function."
-        return self.multiply(_read(x))
+        return self.multiply(self.read(x))
 
 # %% ../../nbs/compress/23_quantize.ipynb #90a71725
 def int8_linear(
     *maps: nn.Linear,          # the layers to replace; several of one input are stacked and become one product
     activation: str = "none",  # applied to the output: "none" or "gelu"
-    bits: int = 8,             # of a weight, 2…8
+    bits: int = 8,             # of a weight, 2…8; a layer trained for a number of bits has that
 ) -> Int8Linear:               # with the same weights, one scale a row
     "Quantize a linear layer."
+    bits = getattr(maps[0], "bits", bits)
+    rows = [m.integers() if hasattr(m, "integers") else quantize_rows(m.weight.detach().float(), bits) for m in maps]
     new = Int8Linear(maps[0].in_features, sum(m.out_features for m in maps), activation, bits)
-    integers, new.scale = quantize_rows(torch.cat([m.weight.detach().float() for m in maps]), bits)
+    integers, new.scale = (torch.cat(part) for part in zip(*rows))
     new.weight = pack(integers, bits)
     new.bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in maps])
     return new
@@ -168,9 +170,8 @@ def _bias(mask: torch.Tensor | None, heads: int, like: torch.Tensor) -> torch.Te
 def _forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs) -> torch.Tensor:
     "[B, L, d] → [B, L, d], or [B, 1, d] of the first token."
     context, old = self.attend(x, attention_mask), x[:, :1].contiguous() if self.first else x
-    x = self.norm1(self.out.multiply(_read(context, out=context), add=old))
-    wide = self.up(x)
-    return self.norm2(self.down.multiply(_read(wide, out=wide), add=x, own=True))
+    x = self.norm1(self.out.multiply(self.out.read(context, out=context), add=old))
+    return self.norm2(self.down.multiply(self.widen(x), add=x, own=True))
 
 # %% ../../nbs/compress/23_quantize.ipynb #1c471ffb
 class Int8Layer(Rebuildable):
@@ -192,6 +193,11 @@ class Int8Layer(Rebuildable):
         self.qkv, self.out = Int8Linear(width, (2 if first else 3) * heads * size), Int8Linear(heads * size, width)
         self.up, self.down = Int8Linear(width, neurons, "gelu"), Int8Linear(neurons, width)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, float, int]:  # [B, L, d] → [B, L, f]
+        "The first half of the feed-forward block, quantized for the second."
+        wide = self.up(x)
+        return self.down.read(wide, out=wide)
 
 # %% ../../nbs/compress/23_quantize.ipynb #78d0f7d6
 _LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer", "TransformerBlock"}
@@ -286,7 +292,7 @@ def quantize(
     embedding_bits: int = 8,                   # of a word embedding's weights, 2…8; small tables have 8
     linear: bool = True,                       # False: the word embeddings alone, and the rest may still be trained
     *,
-    bits: int = 8,                             # of a weight of the linear layers, 2…8
+    bits: int = 8,                             # of a weight of the linear layers, 2…8; a layer trained for a number of bits has that
 ) -> Classifier:                               # a copy, on the CPU
     "Quantize linear layers and embeddings to integers (Jacob et al. 2018; Zafrir et al. 2019)."
     check_bits(bits)
