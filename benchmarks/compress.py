@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from ecomopt import Classifier, Task, distill, finetune, load, load_task, quantize, save, shrink
 from ecomopt.compress import quantize as ours
 from ecomopt.compress.quantize import QuantizedEmbedding, unpack
-from ecomopt.core.measure import interleave, quality
+from ecomopt.core.artifact import disk_bytes
+from ecomopt.core.measure import quality, take_turns
 from tools.bench import report
 
 SEEDS, THREADS, ROUNDS, CALLS, CALIBRATION = [0, 1, 2, 3, 4], 2, 7, 40, 304
@@ -121,18 +122,14 @@ def foreign(classifier: Classifier, make: Callable, texts: list[str]) -> tuple[C
         function = make(classifier, texts, Path(folder))
         classifier.tokenizer.save_pretrained(folder)
         classifier.model.config.save_pretrained(folder)
-        return replace(classifier, model=Foreign(classifier.model.config, function)), weight_of(folder)
+        return replace(classifier, model=Foreign(classifier.model.config, function)), disk_bytes(folder)
 
 
 def artifact(classifier: Classifier) -> tuple[Classifier, int]:
     """One of our own as it comes back from disk, and the bytes of all its files."""
     with tempfile.TemporaryDirectory() as folder:
         path = save(classifier, f"{folder}/artifact")
-        return load(path), weight_of(path)
-
-
-def weight_of(folder: str | Path) -> int:
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        return load(path), disk_bytes(path)
 
 
 def plain_linear(self, x: torch.Tensor, add: torch.Tensor | None = None, own: bool = False) -> torch.Tensor:
@@ -184,14 +181,13 @@ def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:
 def measured(seed: int) -> list[dict]:
     """One row a model: accuracy, speed beside the teacher's, bytes."""
     models, first = models_of(seed), "float32 eager (teacher)"
-    some = [[texts[i]] for i in np.random.default_rng(seed).permutation(len(texts))[:CALLS]]
-    calls = {name: model.logits for name, (model, _) in models.items()}
-    accuracy = {name: quality(call(texts).argmax(1).numpy(), actual, task.labels)["accuracy"] for name, call in calls.items()}
-    batched, single = interleave(calls, [[texts]] * ROUNDS), interleave(calls, [some] * ROUNDS)
-    p50 = {name: np.median(seconds, axis=1) for name, seconds in single.items()}
+    classifiers = {name: model for name, (model, _) in models.items()}
+    accuracy = {name: quality(c.logits(texts).argmax(1).numpy(), actual, task.labels)["accuracy"] for name, c in classifiers.items()}
+    rounds, _ = take_turns(classifiers, texts, ROUNDS, CALLS, 32, seed)
+    rates, p50 = rounds["sentences/s"], rounds["p50 ms"]
     return [{"model": name, "accuracy": accuracy[name], "retained": accuracy[name] / accuracy[first],
-        "sentences/s": len(texts) / np.median(batched[name]), "× throughput": np.median(batched[first] / batched[name]),
-        "p50 ms": 1000 * np.median(p50[name]), "× p50": np.median(p50[first] / p50[name]), "MB": size / 1e6,
+        "sentences/s": rates[name].median(), "× throughput": (rates[name] / rates[first]).median(),
+        "p50 ms": p50[name].median(), "× p50": (p50[first] / p50[name]).median(), "MB": size / 1e6,
         "1/× bytes": models[first][1] / size} for name, (_, size) in models.items()]
 
 

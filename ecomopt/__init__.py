@@ -42,7 +42,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-
+# %% ../nbs/core/00_package.ipynb #ce575297
 def __getattr__(name: str):
     "Import the module that has `name` when the name is first used."
     if name not in _HOME_OF: raise AttributeError(f"module 'ecomopt' has no attribute {name!r}")

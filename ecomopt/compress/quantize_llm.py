@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import EcomoptError
 from .distill import layers_of
-from .quantize import QuantizedEmbedding, _Prepared, pack, quantize_rows, unpack
+from .quantize import Prepared, QuantizedEmbedding, pack, quantize_rows, unpack
 from ..core.artifact import Rebuildable
 from ..core.generate import LanguageModel
 
@@ -61,7 +61,7 @@ def _multiply(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m], 
     return y + self.bias if self.has_bias else y
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #590e5a50
-class WeightOnlyLinear(_Prepared):
+class WeightOnlyLinear(Prepared):
     "A linear layer with weights of 8 bits (a scale a row) or 4 (a step and a lowest value a group), multiplied in bfloat16."
     settings = "in_features", "out_features", "bits", "group", "has_bias"
     prepared, dequantized, forward = _prepared, _dequantized, _multiply

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .. import EcomoptError
 from .assets import ASSETS, fetch
 from .measure import interleave
+from .train import token_ids
 
 # %% ../../nbs/core/15_generate.ipynb #ae0eefe3
 @torch.inference_mode()
@@ -50,14 +51,12 @@ def _encode(self,
     chat: bool = False,    # wrap each as what a user said, if the tokenizer has a chat template
 ) -> list[list[int]]:      # a list of token ids for each text
     "Turn texts into token ids, each list at most `max_length` long."
-    if isinstance(texts, str): raise EcomoptError("A single string was given.", "texts", "Pass a list: ['your text'].")
-    if chat and self.tokenizer.chat_template:
-        def wrap(text): return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        ids = [self.tokenizer(wrap(text), add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-        long = [i for i, row in enumerate(ids) if len(row) > self.max_length]  # cut, it would end inside of the form
-        if long: raise EcomoptError(f"Prompt {long[0]} has {len(ids[long[0]])} tokens.", "prompts", f"Give at most {self.max_length}, or raise max_length.")
-        return ids
-    return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if len(texts) else []
+    if isinstance(texts, str) or not (chat and self.tokenizer.chat_template): return token_ids(self.tokenizer, texts, self.max_length)
+    def wrap(text): return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    ids = [self.tokenizer(wrap(text), add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    long = [i for i, row in enumerate(ids) if len(row) > self.max_length]  # cut, it would end inside of the form
+    if long: raise EcomoptError(f"Prompt {long[0]} has {len(ids[long[0]])} tokens.", "prompts", f"Give at most {self.max_length}, or raise max_length.")
+    return ids
 
 # %% ../../nbs/core/15_generate.ipynb #f8d17301
 def _generate(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MACS_TOKENS', 'quality', 'paired_quality', 'interleave', 'count_macs', 'count_parameters', 'Measurement', 'Pair',
-           'plot_tradeoff', 'Comparison', 'compare', 'measure']
+           'plot_tradeoff', 'Comparison', 'take_turns', 'compare', 'measure']
 
 # %% ../../nbs/core/14_measure.ipynb #eadfb22c
 import contextlib
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import EcomoptError, __version__
-from .artifact import save
+from .artifact import disk_bytes, save
 from .data import Task
 from .train import Classifier
 
@@ -217,6 +217,13 @@ def plot_tradeoff(
     return figure
 
 # %% ../../nbs/core/14_measure.ipynb #da782dff
+def _conditions(classifier: Classifier, task: Task, settings: dict) -> dict:
+    "Where and how a measurement was taken."
+    return {"data": task.fingerprint, "device": str(classifier.model.device), "macs_tokens": MACS_TOKENS, **settings,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {"ecomopt": __version__, "torch": torch.__version__, "transformers": transformers.__version__}}
+
+
 def _row(m: Measurement, pair: Pair) -> dict:
     "One row of a comparison's table."
     row = {
@@ -304,7 +311,14 @@ def _speedups(rounds: pd.DataFrame, first: str, second: str) -> dict:
             | {f"{name}_iqr": tuple(ratio.quantile([0.25, 0.75])) for name, ratio in ratios.items()})
 
 # %% ../../nbs/core/14_measure.ipynb #ce6a901d
-def _take_turns(classifiers: dict[str, Classifier], texts: list[str], repeats: int, calls: int, batch_size: int, seed: int):
+def take_turns(
+    classifiers: dict[str, Classifier],              # by name
+    texts: list[str],                                # what all of them classify
+    repeats: int,                                    # rounds
+    calls: int,                                      # texts a round that are classified one by one
+    batch_size: int,                                 # of the others
+    seed: int,                                       # of the choice of those texts
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:     # columns ("sentences/s", name) and ("p50 ms", name); milliseconds [repeats, calls]
     "Time rounds of all texts in batches and of some one by one: a table of the rounds, and all milliseconds by name."
     some = [[texts[i]] for i in np.random.default_rng(seed).permutation(len(texts))[:calls]]
     batches = interleave({name: partial(c.logits, batch_size=batch_size) for name, c in classifiers.items()}, [[texts]] * repeats)
@@ -318,16 +332,10 @@ def _size(classifier: Classifier, texts: list[str], threads: int, batch_size: in
     "Bytes of all files that `save` writes, peak memory of using them, parameters, MACs."
     with tempfile.TemporaryDirectory() as folder:
         path = save(classifier, f"{folder}/artifact")
-        return {"disk_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        return {"disk_bytes": disk_bytes(path),
                 "memory_bytes": _peak_memory(str(path), texts, threads, batch_size) if memory else None,
                 "parameters": count_parameters(classifier.model), "macs": count_macs(classifier.model)}
 
-
-def _conditions(classifier: Classifier, task: Task, settings: dict) -> dict:
-    "Where and how a measurement was taken."
-    return {"data": task.fingerprint, "device": str(classifier.model.device), "macs_tokens": MACS_TOKENS, **settings,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"ecomopt": __version__, "torch": torch.__version__, "transformers": transformers.__version__}}
 
 # %% ../../nbs/core/14_measure.ipynb #70e69d5a
 def compare(
@@ -346,7 +354,7 @@ def compare(
     texts, actual = _check(classifiers, task, split, settings)
     with _threads(threads):
         said = {name: _predict(name, c, texts, task.labels, batch_size) for name, c in classifiers.items()}
-        rounds, ms = _take_turns(classifiers, texts, repeats, calls, batch_size, seed)
+        rounds, ms = take_turns(classifiers, texts, repeats, calls, batch_size, seed)
     measurements = {
         name: Measurement(task.name, split, len(texts), **quality(said[name], actual, task.labels),
                           **_speed(rounds["sentences/s"][name], ms[name]), **_size(c, texts, threads, batch_size, memory),
