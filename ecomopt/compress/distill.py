@@ -10,6 +10,7 @@ __all__ = ['distillation_loss', 'hidden_loss', 'attention_loss', 'DistillationTr
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -255,7 +256,7 @@ def keep_layers(
     for i, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
-    return Classifier(model, classifier.tokenizer, classifier.max_length)
+    return replace(classifier, model=model)
 
 # %% ../../nbs/compress/20_distill.ipynb #dbeea12e
 def teacher_logits(
