@@ -153,9 +153,9 @@ def student_of(teacher: Classifier, task: Task, seed: int) -> Classifier:
     """Ours, in float: fewer layers, neurons and heads, the words that occur twice, embeddings in four bits; then distilled."""
     shop = [*task.train["text"], *task.valid["text"], *task.transfer["text"]]
     words = Counter(word for text in shop for word in re.findall(r"\w+|[^\w\s]", text.lower()))
-    start = shrink(teacher, layers=4, neurons=256, heads=6, first_token=True, importance="taylor", task=task,
+    start = shrink(teacher, layers=4, neurons=256, heads=4, first_token=True, importance="taylor", task=task,
         texts=[word for word, count in words.items() if count > 1])
-    return distill(teacher, task, quantize(start, embedding_bits=4, linear=False), pieces=30_000, learning_rate=1e-4, seed=seed)
+    return distill(teacher, task, quantize(start, embedding_bits=4, linear=False), pieces=60_000, learning_rate=1e-4, seed=seed)
 
 
 def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:

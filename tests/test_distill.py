@@ -257,7 +257,8 @@ def test_impossible_layers(wrong):
     with pytest.raises(EcomoptError): keep_layers(tiny.classifier(layers=3), wrong)
 
 
-@pytest.mark.parametrize("wrong", [dict(alpha=-0.1), dict(alpha=1.1), dict(alpha=float("nan")), dict(hidden=-1), dict(attention=float("nan")), dict(temperature=0), dict(temperature=-1)])
+@pytest.mark.parametrize("wrong", [dict(alpha=-0.1), dict(alpha=1.1), dict(alpha=float("nan")), dict(hidden=-1), dict(attention=float("nan")), dict(temperature=0), dict(temperature=-1),
+    dict(temperature=float("inf")), dict(temperature="2"), dict(alpha=None)])
 def test_impossible_settings(wrong):
     with pytest.raises(EcomoptError): distill(tiny.classifier(), tiny.task(), 1, **wrong)
 
@@ -265,6 +266,8 @@ def test_impossible_settings(wrong):
 def test_other_labels():
     with pytest.raises(EcomoptError, match="labels differ"):
         distill(tiny.classifier(), tiny.task(), tiny.classifier(labels=("no", "yes")))
+    with pytest.raises(EcomoptError, match="labels differ"):
+        distill(tiny.classifier(labels=("no", "yes")), tiny.task(), 1)  # the task has others
 
 
 def test_other_vocabularies():

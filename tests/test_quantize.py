@@ -1,5 +1,6 @@
 """Quantization: bounds, packing, and a model that still says the same."""
 import threading
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from ecomopt import EcomoptError
 from ecomopt.compress.quantize import (
@@ -104,6 +106,12 @@ def test_nothing_float_remains_but_norms_scales_and_biases():
 @pytest.mark.parametrize("wrong", [lambda c: quantize(quantize(c)), lambda c: quantize(c, embedding_bits=9)])
 def test_errors(wrong):
     with pytest.raises(EcomoptError): wrong(tiny.classifier())
+
+
+def test_unsupported_models_are_refused():
+    gpt2 = GPT2ForSequenceClassification(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(EcomoptError, match="unsupported architecture GPT2"): quantize(replace(tiny.classifier(), model=gpt2))
+    with pytest.raises(EcomoptError, match="no classifier"): quantize(tiny.language_model())
 
 
 def test_numbers_loaded_later_are_seen():

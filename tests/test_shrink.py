@@ -27,6 +27,7 @@ from ecomopt.compress.distill import layers_of
 from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, _taylor, _Units, shrink
 from ecomopt.core.artifact import load, save
 from ecomopt.core.data import Task
+from ecomopt.core.generate import LanguageModel
 from ecomopt.core.measure import count_macs, count_parameters
 from ecomopt.core.train import Classifier, fingerprint
 
@@ -188,12 +189,12 @@ def test_layers_are_the_ones_asked_for(original, wanted, kept):
 
 
 def test_a_shrunk_language_model_generates_as_without_a_cache():
-    original = tiny("llama", AutoModelForCausalLM, tie_word_embeddings=True)
-    small = shrink(original, layers=[1, 2], heads=[4, 2], neurons=[50, 20], texts=TEXTS)
+    random = tiny("llama", AutoModelForCausalLM, tie_word_embeddings=True)
+    small = shrink(LanguageModel(random.model, random.tokenizer), layers=[1, 2], heads=[4, 2], neurons=[50, 20], texts=TEXTS)
     inputs = small.tokenizer(TEXTS[:1], return_tensors="pt")
     with torch.inference_mode():
         cached, plain = (small.model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, plain) and small.model.lm_head.weight is small.model.model.embed_tokens.weight
+    assert type(small) is LanguageModel and torch.equal(cached, plain) and small.model.lm_head.weight is small.model.model.embed_tokens.weight
 
 
 # first token

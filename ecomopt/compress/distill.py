@@ -10,8 +10,9 @@ __all__ = ['distillation_loss', 'hidden_loss', 'attention_loss', 'DistillationTr
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +81,13 @@ def attention_loss(
     return rows.sum() / (len(rows) if tokens is None else tokens)
 
 # %% ../../nbs/compress/20_distill.ipynb #330d457e
+_WANTED = dict(temperature="a number above 0", alpha="a number from 0 to 1")
+
+
 def _check(temperature: float, alpha: float, **weights: float) -> None:
-    if not temperature > 0: raise EcomoptError(f"temperature is {temperature!r}.", "argument temperature", "Give a number above 0.")
-    if not 0 <= alpha <= 1: raise EcomoptError(f"alpha is {alpha!r}.", "argument alpha", "Give a number from 0 to 1.")
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"): raise EcomoptError(f"{name} is {weight!r}.", f"argument {name}", "Give a weight of 0 or more.")
+    for name, value in dict(weights, temperature=temperature, alpha=alpha).items():
+        good = isinstance(value, Real) and 0 <= value < float("inf") and (name != "temperature" or value > 0) and (name != "alpha" or value <= 1)
+        if not good: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", f"Give {_WANTED.get(name, 'a weight of 0 or more')}.")
 
 
 def _weights(arguments: dict) -> dict[str, float]:
@@ -255,7 +258,7 @@ def keep_layers(
     for i, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
-    return Classifier(model, classifier.tokenizer, classifier.max_length)
+    return replace(classifier, model=model)
 
 # %% ../../nbs/compress/20_distill.ipynb #dbeea12e
 def teacher_logits(
@@ -292,11 +295,12 @@ def _texts(task: Task, pieces: int, seed: int) -> tuple[list[str], list[int]]:
     return [*task.train["text"], *unlabelled], [*task.train["label"], *[-100] * len(unlabelled)]
 
 # %% ../../nbs/compress/20_distill.ipynb #634f8310
-def _student(teacher: Classifier, student: int | Sequence[int] | Classifier) -> Classifier:
+def _student(teacher: Classifier, task: Task, student: int | Sequence[int] | Classifier) -> Classifier:
     "The student, made of the teacher's layers if it is not there yet."
     if not isinstance(student, Classifier): student = keep_layers(teacher, student)
-    if student.labels != teacher.labels:
-        raise EcomoptError(f"The labels differ: {teacher.labels} and {student.labels}.", "distill", "Use one label space, in one order.")
+    for labels in (student.labels, tuple(task.labels)):
+        if labels != teacher.labels:
+            raise EcomoptError(f"The labels differ: {teacher.labels} and {labels}.", "distill", "Use one label space, in one order.")
     return student
 
 
@@ -336,7 +340,7 @@ def distill(
     weights = _weights(others)
     _check(temperature, alpha, **weights)
     loss = dict(weights, temperature=temperature, alpha=alpha, reverse=others.pop("reverse", False))
-    student = _student(teacher, student)
+    student = _student(teacher, task, student)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
     texts, labels = _texts(task, pieces, seed)
     key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]))

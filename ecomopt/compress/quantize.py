@@ -282,7 +282,7 @@ def check_classifier(
         raise EcomoptError("The model is quantized already.", where, "Pass the float model.")
     size = {kind: sum(p.numel() for m in modules if isinstance(m, kind) for p in m.parameters(recurse=False) if p.dim() > 1)
             for kind in (nn.Linear, nn.Embedding, nn.Module)}
-    if 2 * (size[nn.Linear] + size[nn.Embedding]) < size[nn.Module] or not size[nn.Linear]:
+    if 2 * size[nn.Linear] < size[nn.Module] - size[nn.Embedding] or not size[nn.Linear]:
         raise EcomoptError(f"unsupported architecture {name}: its maps are no nn.Linear.", where, "Use a BERT, DistilBERT, RoBERTa or LLaMA classifier.")
 
 # %% ../../nbs/compress/23_quantize.ipynb #b80daf10

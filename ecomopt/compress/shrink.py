@@ -25,6 +25,7 @@ from .. import EcomoptError
 from .distill import keep_layers, layers_of, which_layers
 from ..core.artifact import Rebuildable
 from ..core.data import Task
+from ..core.generate import LanguageModel
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/22_shrink.ipynb #27e923da
@@ -242,7 +243,7 @@ def _check(classifier: Classifier, first_token: bool, importance: str, task: Tas
 
 # %% ../../nbs/compress/22_shrink.ipynb #c4fd2229
 def shrink(
-    classifier: Classifier,                      # a BERT, DistilBERT or LLaMA model; it is left as it is
+    classifier: Classifier | LanguageModel,      # a BERT, DistilBERT or LLaMA model; it is left as it is
     *,
     layers: int | Sequence[int] | None = None,   # how many to keep, evenly spread with first and last; or which, counted from 0
     neurons: int | Sequence[int] | None = None,  # feed-forward neurons to keep in every layer, or one number for each kept layer
@@ -252,7 +253,7 @@ def shrink(
     importance: str = "magnitude",               # which units stay: "magnitude", "taylor" (needs task) or "random"
     task: Task | None = None,                    # its train split is what "taylor" takes gradients on
     seed: int = 0,                               # of "random"
-) -> Classifier:                                 # smaller, in evaluation mode; not yet trained again
+) -> Classifier | LanguageModel:                 # as what was passed, smaller, in evaluation mode; not yet trained again
     "Take layers, neurons, heads and vocabulary rows out of a model (Michel et al. 2019; Molchanov et al. 2019)."
     _check(classifier, first_token, importance, task)
     if texts is not None: texts = _check_texts(classifier, texts)
