@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import EcomoptError
-from .quantize import check_bits
+from .quantize import check_bits, check_classifier
 from ..core.artifact import Rebuildable
 from ..core.train import Classifier
 
@@ -84,11 +84,10 @@ def fake_quantize(
 ) -> Classifier:             # a copy to be trained, and then given to `quantize`
     "Let all linear layers compute with weights of few bits, so that a training gets used to them (Jacob et al. 2018; Zafrir et al. 2019)."
     check_bits(bits)
-    if not isinstance(classifier, Classifier):
-        raise EcomoptError(f"{type(classifier).__name__} is no classifier.", "argument classifier", "Pass what finetune or keep_layers gives.")
+    check_classifier(classifier, "fake_quantize")
     linears = {name: module for name, module in classifier.model.named_modules() if isinstance(module, nn.Linear)}
-    if not linears:
-        raise EcomoptError("The model has no linear layers in float.", "argument classifier", "Train first, then quantize.")
+    if any(isinstance(module, FakeQuantLinear) for module in linears.values()):
+        raise EcomoptError("The linear layers have few bits already.", "fake_quantize", "Pass the float model.")
     model = copy.deepcopy(classifier.model)
     for name in linears: model.set_submodule(name, fake_quant_linear(model.get_submodule(name), bits))
     return replace(classifier, model=model)
