@@ -145,7 +145,7 @@ def ours_openvino(classifier: Classifier, texts: list[str], folder: Path) -> Cal
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedEmbedding):
             model.set_submodule(name, nn.Embedding.from_pretrained(module(torch.arange(module.num_embeddings))))
-    with patch.object(ours, "_read", lambda x, out=None: x), patch.object(ours.Int8Linear, "multiply", plain_linear):
+    with patch.object(ours.Int8Linear, "read", lambda self, x, out=None: x), patch.object(ours.Int8Linear, "multiply", plain_linear):
         return openvino_int8(replace(classifier, model=model), texts, folder)
 
 

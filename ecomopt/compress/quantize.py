@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_bits', 'quantize_rows', 'pack', 'unpack', 'Prepared', 'Int8Linear', 'int8_linear', 'Int8Layer',
-           'QuantizedEmbedding', 'quantized_embedding', 'quantize']
+           'QuantizedEmbedding', 'quantized_embedding', 'check_classifier', 'quantize']
 
 # %% ../../nbs/compress/23_quantize.ipynb #e9c2d44a
 import copy
@@ -80,9 +80,9 @@ def _to_bytes(x: torch.Tensor, scale: float, zero: int, out: torch.Tensor | None
     return torch.add(torch.tensor(_ROUND + zero), x, alpha=1 / scale, out=out).view(torch.int32).to(torch.uint8)
 
 
-def _read(x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, float, int]:
-    "Quantize an input by its own range: integers, scale, zero point; `out` is memory that may be overwritten."
-    scale, zero = _ruler(*(limit.item() for limit in torch.aminmax(x)))
+def _read(x: torch.Tensor, out: torch.Tensor | None = None, limits: tuple[float, float] | None = None) -> tuple[torch.Tensor, float, int]:
+    "Quantize an input by its own range, or one that it is inside of: integers, scale, zero point; `out` is memory that may be overwritten."
+    scale, zero = _ruler(*(limits or (limit.item() for limit in torch.aminmax(x))))
     return _to_bytes(x, scale, zero, out), scale, zero
 
 # %% ../../nbs/compress/23_quantize.ipynb #56781501
@@ -117,7 +117,7 @@ def _multiply(self, integers: tuple[torch.Tensor, float, int], add: torch.Tensor
 class Int8Linear(Prepared):
     "A linear layer with integer weights that is multiplied in int8 (Jacob et al. 2018)."
     settings = "in_features", "out_features", "activation", "bits"
-    prepared, multiply = _prepared, _multiply
+    prepared, multiply, read = _prepared, _multiply, staticmethod(_read)
 
     def __init__(self,
         in_features: int,          # n
@@ -133,17 +133,19 @@ class Int8Linear(Prepared):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m]
         "Equation (4), and the activation function."
-        return self.multiply(_read(x))
+        return self.multiply(self.read(x))
 
 # %% ../../nbs/compress/23_quantize.ipynb #90a71725
 def int8_linear(
     *maps: nn.Linear,          # the layers to replace; several of one input are stacked and become one product
     activation: str = "none",  # applied to the output: "none" or "gelu"
-    bits: int = 8,             # of a weight, 2…8
+    bits: int = 8,             # of a weight, 2…8; a layer trained for a number of bits has that
 ) -> Int8Linear:               # with the same weights, one scale a row
     "Quantize a linear layer."
+    bits = getattr(maps[0], "bits", bits)
+    rows = [m.integers() if hasattr(m, "integers") else quantize_rows(m.weight.detach().float(), bits) for m in maps]
     new = Int8Linear(maps[0].in_features, sum(m.out_features for m in maps), activation, bits)
-    integers, new.scale = quantize_rows(torch.cat([m.weight.detach().float() for m in maps]), bits)
+    integers, new.scale = (torch.cat(part) for part in zip(*rows))
     new.weight = pack(integers, bits)
     new.bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in maps])
     return new
@@ -168,9 +170,9 @@ def _bias(mask: torch.Tensor | None, heads: int, like: torch.Tensor) -> torch.Te
 def _forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs) -> torch.Tensor:
     "[B, L, d] → [B, L, d], or [B, 1, d] of the first token."
     context, old = self.attend(x, attention_mask), x[:, :1].contiguous() if self.first else x
-    x = self.norm1(self.out.multiply(_read(context, out=context), add=old))
+    x = self.norm1(self.out.multiply(self.out.read(context, out=context), add=old))
     wide = self.up(x)
-    return self.norm2(self.down.multiply(_read(wide, out=wide), add=x, own=True))
+    return self.norm2(self.down.multiply(self.down.read(wide, out=wide), add=x, own=True))
 
 # %% ../../nbs/compress/23_quantize.ipynb #1c471ffb
 class Int8Layer(Rebuildable):
@@ -268,17 +270,20 @@ def _replace(model: nn.Module, bits: int) -> None:
         if isinstance(module, nn.Embedding): model.set_submodule(name, quantized_embedding(module))
 
 
-def _check(classifier: Classifier) -> None:
-    "Refuse what cannot be done, before anything is."
+def check_classifier(
+    classifier: Classifier,    # to be quantized
+    where: str = "quantize",   # the place to name
+) -> None:
+    "Refuse what is no classifier, is quantized already, or has maps of another kind."
     if not isinstance(classifier, Classifier):
         raise EcomoptError(f"{type(classifier).__name__} is no classifier.", "argument classifier", "Pass what finetune or load_model gives.")
     modules, name = list(classifier.model.modules()), type(classifier.model).__name__
     if any(isinstance(module, Int8Linear) for module in modules):
-        raise EcomoptError("The model is quantized already.", "quantize", "Pass the float model.")
+        raise EcomoptError("The model is quantized already.", where, "Pass the float model.")
     size = {kind: sum(p.numel() for m in modules if isinstance(m, kind) for p in m.parameters(recurse=False) if p.dim() > 1)
             for kind in (nn.Linear, nn.Embedding, nn.Module)}
     if 2 * size[nn.Linear] < size[nn.Module] - size[nn.Embedding] or not size[nn.Linear]:
-        raise EcomoptError(f"unsupported architecture {name}: its maps are no nn.Linear.", "quantize", "Use a BERT, DistilBERT, RoBERTa or LLaMA classifier.")
+        raise EcomoptError(f"unsupported architecture {name}: its maps are no nn.Linear.", where, "Use a BERT, DistilBERT, RoBERTa or LLaMA classifier.")
 
 # %% ../../nbs/compress/23_quantize.ipynb #b80daf10
 def quantize(
@@ -286,12 +291,12 @@ def quantize(
     embedding_bits: int = 8,                   # of a word embedding's weights, 2…8; small tables have 8
     linear: bool = True,                       # False: the word embeddings alone, and the rest may still be trained
     *,
-    bits: int = 8,                             # of a weight of the linear layers, 2…8
+    bits: int = 8,                             # of a weight of the linear layers, 2…8; a layer trained for a number of bits has that
 ) -> Classifier:                               # a copy, on the CPU
     "Quantize linear layers and embeddings to integers (Jacob et al. 2018; Zafrir et al. 2019)."
     check_bits(bits)
     check_bits(embedding_bits, "argument embedding_bits")
-    _check(classifier)
+    check_classifier(classifier)
     small = replace(classifier, model=copy.deepcopy(classifier.model).float().cpu().eval())
     words = small.model.get_input_embeddings()
     if type(words) is nn.Embedding: small.model.set_input_embeddings(quantized_embedding(words, embedding_bits))
