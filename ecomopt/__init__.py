@@ -38,6 +38,7 @@ _HOMES = {
     "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
+    "compress.share": "keep_codebooks share_weights",
     "compress.quantize_llm": "quantize_language_model",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

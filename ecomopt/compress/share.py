@@ -11,7 +11,6 @@ import copy
 import zlib
 from dataclasses import replace
 from math import gcd, prod
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -223,13 +222,15 @@ def _share(module: nn.Linear | nn.Embedding, bits: int, group: int, start: str, 
 def _saves(n: int, bits: int, group: int) -> bool: return n * bits / 8 + 4 * 2**bits * n // group < 4 * n  # equation (5) against float32
 
 
-def _check(bits: int | None, embedding_bits: int | None, group: int | None, start: str) -> None:
-    wanted = {"bits": bits, "embedding_bits": embedding_bits}
-    for name, b in wanted.items():
-        if b is not None: check_bits(b, f"argument {name}")
-    if group is not None and not (isinstance(group, Integral) and group > 0):
+def _check(classifier: Classifier, bits: int | None, embedding_bits: int | None, group: int | None, start: str) -> None:
+    "Refuse settings that cannot be, before the model is looked at."
+    if not isinstance(classifier, Classifier):
+        raise EcomoptError(f"{type(classifier).__name__} is no classifier.", "argument classifier", "Pass what finetune or load_model gives.")
+    wanted = {name: b for name, b in (("bits", bits), ("embedding_bits", embedding_bits)) if b is not None}
+    for name, b in wanted.items(): check_bits(b, f"argument {name}")
+    if group is not None and not (type(group) is int and group > 0):
         raise EcomoptError(f"group is {group!r}.", "argument group", "Give a number of weights, or None for one codebook a tensor.")
-    if group is not None and any(not _saves(group, b, group) for b in wanted.values() if b is not None):
+    if group is not None and not all(_saves(group, b, group) for b in wanted.values()):
         raise EcomoptError(f"Codebooks take more than {group} weights a group save.", "argument group", "Give larger groups, or fewer bits.")
     _check_start(start)
 
@@ -238,7 +239,7 @@ def _can_be_shared(name: str, module: nn.Module) -> bool:
     "Whether there are weights to share; raises if there are such that cannot be."
     if type(module) in (nn.Linear, ShrunkLinear, nn.Embedding): return True
     if any(hasattr(module, size) for size in ("in_features", "num_embeddings")) or any(p.dim() > 1 for p in module.parameters(recurse=False)):
-        raise EcomoptError(f"The weights of a {type(module).__name__} cannot be shared.", name,
+        raise EcomoptError(f"unsupported architecture: the weights of a {type(module).__name__} cannot be shared.", name,
             "Share a float model, once, before it is quantized; None for bits or embedding_bits leaves those weights.")
     return False
 
@@ -268,7 +269,7 @@ def share_weights(
     seed: int = 0,                    # of "random"
 ) -> Classifier:                      # a copy, in evaluation mode, whose codebooks can be trained
     "Share weights through codebooks (Han, Mao and Dally 2016, section 3)."
-    _check(bits, embedding_bits, group, start)
+    _check(classifier, bits, embedding_bits, group, start)
     plan = _plan(classifier.model, bits, embedding_bits, group)
     model = copy.deepcopy(classifier.model).eval()
     for name, (b, g) in plan.items():
