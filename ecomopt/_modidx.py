@@ -270,6 +270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ecomopt.compress.share._can_be_shared': ( 'compress/share.html#_can_be_shared',
                                                                                    'ecomopt/compress/share.py'),
                                         'ecomopt.compress.share._check': ('compress/share.html#_check', 'ecomopt/compress/share.py'),
+                                        'ecomopt.compress.share._check_classifier': ( 'compress/share.html#_check_classifier',
+                                                                                      'ecomopt/compress/share.py'),
                                         'ecomopt.compress.share._check_finite': ( 'compress/share.html#_check_finite',
                                                                                   'ecomopt/compress/share.py'),
                                         'ecomopt.compress.share._check_start': ( 'compress/share.html#_check_start',

@@ -222,10 +222,8 @@ def _share(module: nn.Linear | nn.Embedding, bits: int, group: int, start: str, 
 def _saves(n: int, bits: int, group: int) -> bool: return n * bits / 8 + 4 * 2**bits * n // group < 4 * n  # equation (5) against float32
 
 
-def _check(classifier: Classifier, bits: int | None, embedding_bits: int | None, group: int | None, start: str) -> None:
-    "Refuse settings that cannot be, before the model is looked at."
-    if not isinstance(classifier, Classifier):
-        raise EcomoptError(f"{type(classifier).__name__} is no classifier.", "argument classifier", "Pass what finetune or load_model gives.")
+def _check(bits: int | None, embedding_bits: int | None, group: int | None, start: str) -> None:
+    "Refuse settings that cannot be."
     wanted = {name: b for name, b in (("bits", bits), ("embedding_bits", embedding_bits)) if b is not None}
     for name, b in wanted.items(): check_bits(b, f"argument {name}")
     if group is not None and not (type(group) is int and group > 0):
@@ -244,6 +242,11 @@ def _can_be_shared(name: str, module: nn.Module) -> bool:
     return False
 
 # %% ../../nbs/compress/24_share.ipynb #662b171e
+def _check_classifier(model: Classifier) -> None:
+    if not isinstance(model, Classifier):
+        raise EcomoptError(f"{type(model).__name__} is no classifier.", "the first argument", "Pass what finetune or load_model gives.")
+
+
 def _plan(model: nn.Module, bits: int | None, embedding_bits: int | None, group: int | None) -> dict[str, tuple[int, int]]:
     "Bits and group of each module whose weights will be shared."
     plan, words = {}, model.get_input_embeddings()
@@ -269,7 +272,8 @@ def share_weights(
     seed: int = 0,                    # of "random"
 ) -> Classifier:                      # a copy, in evaluation mode, whose codebooks can be trained
     "Share weights through codebooks (Han, Mao and Dally 2016, section 3)."
-    _check(classifier, bits, embedding_bits, group, start)
+    _check_classifier(classifier)
+    _check(bits, embedding_bits, group, start)
     plan = _plan(classifier.model, bits, embedding_bits, group)
     model = copy.deepcopy(classifier.model).eval()
     for name, (b, g) in plan.items():
@@ -314,11 +318,11 @@ def keep_codebooks(
     shared: Classifier,  # what `share_weights` gave, trained or not; it is left as it is
 ) -> Classifier:         # a copy on the CPU that runs and answers as `quantize(shared)` does
     "Quantize a shared model to int8, and store it by its codebooks all the same."
+    _check_classifier(shared)
     if not any(isinstance(module, SharedLinear) for module in shared.model.modules()):
         raise EcomoptError("The model has no linear layers with shared weights.", "keep_codebooks", "Pass what share_weights gave.")
     quantized, maps = quantize(shared), iter([m for m in shared.model.modules() if isinstance(m, nn.Linear)])
-    for name, module in list(quantized.model.named_modules()):
-        if not isinstance(module, Int8Linear): continue
+    for name, module in [(name, m) for name, m in quantized.model.named_modules() if isinstance(m, Int8Linear)]:
         parts = [next(maps)]  # both models have their layers in the same order
         while sum(part.out_features for part in parts) < module.out_features: parts.append(next(maps))
         quantized.model.set_submodule(name, _in_int8(module, parts))
