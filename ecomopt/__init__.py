@@ -38,6 +38,7 @@ _HOMES = {
     "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
+    "compress.share": "keep_codebooks share_weights",
     "compress.qat": "fake_quantize",
     "compress.quantize_llm": "quantize_language_model",
 }
