@@ -38,6 +38,8 @@ _HOMES = {
     "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
+    "compress.calibrate": "calibrate",
+    "compress.qat": "fake_quantize",
     "compress.quantize_llm": "quantize_language_model",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
