@@ -39,6 +39,7 @@ _HOMES = {
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
     "compress.share": "keep_codebooks share_weights",
+    "compress.calibrate": "calibrate",
     "compress.qat": "fake_quantize",
     "compress.quantize_llm": "quantize_language_model",
 }
