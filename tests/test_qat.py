@@ -127,7 +127,7 @@ def test_both_load_in_a_fresh_process(tmp_path):
 
 
 def gpt2() -> Classifier:
-    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    config = GPT2Config(vocab_size=60, n_positions=8, n_embd=64, n_layer=1, n_head=2, pad_token_id=0)
     return Classifier(GPT2ForSequenceClassification(config).eval(), tiny.tokenizer())
 
 
@@ -136,5 +136,6 @@ def gpt2() -> Classifier:
     (dict(classifier=gpt2()), "unsupported architecture GPT2"), (dict(classifier=quantize(tiny.classifier())), "quantized already"),
 ])
 def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what):
+    asked = {"classifier": tiny.classifier()} | wrong
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
-    with pytest.raises(EcomoptError, match=what): fake_quantize(**{"classifier": tiny.classifier()} | wrong)
+    with pytest.raises(EcomoptError, match=what): fake_quantize(**asked)
