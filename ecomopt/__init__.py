@@ -34,11 +34,13 @@ _HOMES = {
     "core.artifact": "load save",
     "core.measure": "Measurement compare measure",
     "core.generate": "LanguageModel load_language_model",
+    "core.hardware": "describe_hardware",
     "compress.distill": "DistillationTrainer distill",
     "compress.prune": "PruneCallback prune",
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
     "compress.quantize_llm": "quantize_language_model",
+    "accelerate.runtime": "best_runtime convert",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
