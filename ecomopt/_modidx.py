@@ -105,8 +105,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime.TorchRuntime.count_macs': ( 'accelerate/runtime.html#torchruntime.count_macs',
                                                                                                     'ecomopt/accelerate/runtime.py'),
-                                            'ecomopt.accelerate.runtime.TorchRuntime.rebuild': ( 'accelerate/runtime.html#torchruntime.rebuild',
-                                                                                                 'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._Converted': ( 'accelerate/runtime.html#_converted',
                                                                                        'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._Converted.__getstate__': ( 'accelerate/runtime.html#_converted.__getstate__',

@@ -171,6 +171,7 @@ def _graph_rebuild(cls, old: nn.Module, **spec) -> "GraphRuntime": return cls(ol
 class TorchRuntime(_Converted):
     "A classifier run by torch: with attention in plain products, in one operation, or compiled as a whole."
     settings = "runtime", "precision"
+    device, rebuild = property(lambda self: self.model.device), classmethod(lambda cls, old, **spec: cls(old, **spec))
 
     def __init__(self,
         model: PreTrainedModel,  # in the precision that it shall compute in
@@ -188,11 +189,6 @@ class TorchRuntime(_Converted):
     def count_macs(self, tokens: int) -> int:
         "Of the model inside."
         return count_macs(self.model, tokens)
-
-    @classmethod
-    def rebuild(cls, old: nn.Module, **spec) -> "TorchRuntime":
-        "Around an empty model."
-        return cls(old, **spec)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #2e533489
 class GraphRuntime(_Converted):
