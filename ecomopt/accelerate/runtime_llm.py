@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.export import Dim
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -94,10 +93,9 @@ def _graph(model: PreTrainedModel):
     model.set_attn_implementation("sdpa")
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     count, B, L, P = 2 * config.num_hidden_layers, 2, 3, 4
-    past, auto = [torch.zeros(B, config.num_key_value_heads, P, head) for _ in range(count)], {0: Dim.AUTO, 1: Dim.AUTO}
+    past = [torch.zeros(B, config.num_key_value_heads, P, head) for _ in range(count)]
     example = torch.ones(B, L, dtype=torch.long), torch.ones(B, L + P, dtype=torch.long), torch.arange(B, dtype=torch.int32), torch.arange(L), past
-    shapes = auto, auto, {0: Dim.AUTO}, {0: Dim.AUTO}, [{0: Dim.AUTO, 2: Dim.AUTO}] * count
-    graph = openvino.convert_model(torch.export.export(_Step(model), example, dynamic_shapes=shapes, strict=False))
+    graph = openvino.convert_model(_Step(model), example_input=example)
     names = ["input_ids", "attention_mask", "beam_idx", "keep", *[f"past{i}" for i in range(count)]]
     for port, name in zip(graph.inputs, names): port.get_tensor().set_names({name})
     for port, name in zip(graph.outputs, ["logits", *[f"new{i}" for i in range(count)]]): port.get_tensor().set_names({name})
@@ -122,38 +120,45 @@ def _with_memory(graph):
     graph.validate_nodes_and_infer_types()
     return graph
 
-# %% ../../nbs/accelerate/35_runtime_llm.ipynb #08c8e2ad
-def _unpacked(weight: np.ndarray, bits: int, group: int = 32):
-    "Integers, and the operations that turn them back into numbers [m, n]."
+# %% ../../nbs/accelerate/35_runtime_llm.ipynb #f028a74e
+def _eight(W: torch.Tensor):
+    "Integers of eight bits, and the operations that turn them back into numbers [m, n]."
+    from openvino import opset13 as ops
+    integers, scale = quantize_rows(W)
+    return ops.multiply(ops.convert(ops.constant(integers.numpy()), "f32"), ops.constant(scale[:, None].numpy()))
+
+
+def _four(x, W: torch.Tensor, group: int = 32):
+    "A product with weights of four bits: the kernel counts from 8, and what a group's lowest value adds is a product of its own."
     import openvino
     from openvino import opset13 as ops
-    W = torch.from_numpy(np.array(weight, dtype=np.float32))
-    if bits == 8:
-        integers, scale = quantize_rows(W)
-        return ops.multiply(ops.convert(ops.constant(integers.numpy()), "f32"), ops.constant(scale[:, None].numpy()))
-    integers, step, low = quantize_groups(W, group)
+    (integers, step, low), (m, n) = quantize_groups(W, group), W.shape
     pairs = integers.numpy().reshape(-1, 2)  # the first of two is in the lower half of a byte
-    fours = openvino.Tensor(pairs[:, 0] | pairs[:, 1] << 4, openvino.Shape([len(W), W.shape[1] // group, group]), openvino.Type.u4)
-    zero, step = (-low / step).half(), step.half()
-    x = ops.subtract(ops.convert(ops.constant(fours), "f16"), ops.constant(zero[..., None].numpy()))
-    x = ops.reshape(ops.multiply(x, ops.constant(step[..., None].numpy())), ops.constant(list(W.shape)), False)
-    return ops.convert(x, "f32")
+    fours = openvino.Tensor(pairs[:, 0] | pairs[:, 1] << 4, openvino.Shape([m, n // group, group]), openvino.Type.u4)
+    eight = openvino.Tensor(np.array([8], dtype=np.uint8), openvino.Shape([1, 1, 1]), openvino.Type.u8)
+    unpacked = ops.subtract(ops.convert(ops.constant(fours), "f16"), ops.convert(ops.constant(eight), "f16"))
+    unpacked = ops.reshape(ops.multiply(unpacked, ops.constant(step.half().numpy()[..., None])), ops.constant([m, n]), False)
+    sums = ops.reduce_sum(ops.reshape(x, ops.constant([0, 0, n // group, group]), True), ops.constant([3]), False)
+    lowest = (low.half() + 8 * step.half()).float().numpy()
+    return ops.add(ops.matmul(x, ops.convert(unpacked, "f32"), False, True), ops.matmul(sums, ops.constant(lowest), False, True))
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #d26dbc3e
 def _with_fewer_bits(graph, bits: int):
-    "Replace the weights of products; embedding and head have eight bits."
-    for node in graph.get_ops():
-        if node.get_type_name() != "Constant" or len(node.shape) != 2 or node.get_element_type().to_string() != "f32": continue
-        users = list(node.output(0).get_target_inputs())
-        if not {user.get_node().get_type_name() for user in users} <= {"MatMul", "Gather"} or min(node.shape) < 32: continue
-        few = bits == 4 and node.shape[0] != _rows(graph) and node.shape[1] % 32 == 0
-        new = _unpacked(node.data, 4 if few else 8)
-        for user in users: user.replace_source_output(new.output(0))
+    "Replace products and tables of weights; embedding and head have eight bits."
+    from openvino import opset13 as ops
+    vocabulary = graph.output("logits").get_partial_shape()[2].get_length()
+    for node in list(graph.get_ops()):
+        if node.get_type_name() not in ("MatMul", "Gather"): continue
+        is_product = node.get_type_name() == "MatMul"
+        weight = node.input_value(int(is_product)).get_node()
+        if weight.get_type_name() != "Constant" or len(weight.shape) != 2 or min(weight.shape) < 32: continue
+        W = torch.from_numpy(np.array(weight.data, dtype=np.float32))
+        if bits == 4 and is_product and len(W) != vocabulary and not W.shape[1] % 32:
+            new = _four(node.input_value(0), W)
+            for user in list(node.output(0).get_target_inputs()): user.replace_source_output(new.output(0))
+        else: node.input(int(is_product)).replace_source_output(_eight(W).output(0))
     graph.validate_nodes_and_infer_types()
     return graph
-
-
-def _rows(graph) -> int: return graph.output("logits").get_partial_shape()[2].get_length()
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #9bfd099c
 @dataclass(frozen=True)
