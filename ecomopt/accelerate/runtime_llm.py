@@ -134,9 +134,9 @@ def _four(x, W: torch.Tensor, group: int = 32):
     from openvino import opset13 as ops
     (integers, step, low), (m, n) = quantize_groups(W, group), W.shape
     pairs = integers.numpy().reshape(-1, 2)  # the first of two is in the lower half of a byte
-    fours = openvino.Tensor(pairs[:, 0] | pairs[:, 1] << 4, openvino.Shape([m, n // group, group]), openvino.Type.u4)
-    eight = openvino.Tensor(np.array([8], dtype=np.uint8), openvino.Shape([1, 1, 1]), openvino.Type.u8)
-    unpacked = ops.subtract(ops.convert(ops.constant(fours), "f16"), ops.convert(ops.constant(eight), "f16"))
+    packed = pairs[:, 0] | pairs[:, 1] << 4  # must live until it is copied into the constant
+    fours = ops.constant(openvino.Tensor(packed, openvino.Shape([m, n // group, group]), openvino.Type.u4))
+    unpacked = ops.subtract(ops.convert(fours, "f16"), ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f16"))
     unpacked = ops.reshape(ops.multiply(unpacked, ops.constant(step.half().numpy()[..., None])), ops.constant([m, n]), False)
     sums = ops.reduce_sum(ops.reshape(x, ops.constant([0, 0, n // group, group]), True), ops.constant([3]), False)
     lowest = (low.half() + 8 * step.half()).float().numpy()
@@ -145,7 +145,6 @@ def _four(x, W: torch.Tensor, group: int = 32):
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #d26dbc3e
 def _with_fewer_bits(graph, bits: int):
     "Replace products and tables of weights; embedding and head have eight bits."
-    from openvino import opset13 as ops
     vocabulary = graph.output("logits").get_partial_shape()[2].get_length()
     for node in list(graph.get_ops()):
         if node.get_type_name() not in ("MatMul", "Gather"): continue
