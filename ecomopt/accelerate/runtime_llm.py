@@ -130,12 +130,10 @@ def _eight(W: torch.Tensor):
 
 def _four(x, W: torch.Tensor, group: int = 32):
     "A product with weights of four bits: the kernel counts from 8, and what a group's lowest value adds is a product of its own."
-    import openvino
+    from openvino import Type
     from openvino import opset13 as ops
     (integers, step, low), (m, n) = quantize_groups(W, group), W.shape
-    pairs = integers.numpy().reshape(-1, 2)  # the first of two is in the lower half of a byte
-    packed = pairs[:, 0] | pairs[:, 1] << 4  # must live until it is copied into the constant
-    fours = ops.constant(openvino.Tensor(packed, openvino.Shape([m, n // group, group]), openvino.Type.u4))
+    fours = ops.constant(integers.numpy().reshape(m, -1, group), dtype=Type.u4)
     unpacked = ops.subtract(ops.convert(fours, "f16"), ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f16"))
     unpacked = ops.reshape(ops.multiply(unpacked, ops.constant(step.half().numpy()[..., None])), ops.constant([m, n]), False)
     sums = ops.reduce_sum(ops.reshape(x, ops.constant([0, 0, n // group, group]), True), ops.constant([3]), False)
