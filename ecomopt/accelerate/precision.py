@@ -112,7 +112,9 @@ def _step(model: nn.Module, batch: dict, factor: float, context: Callable, scale
         loss = factor * F.cross_entropy(model(**batch).logits.float(), labels)
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), factor * max_norm)  # of the gradient itself: after the scale is gone
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)  # of the gradient itself: after the scale is gone
+    for g in grads: g *= (factor * max_norm / norm).clamp(max=1.0)
     scaler.step(optimizer)  # skipped if a gradient is not finite
     scaler.update()
     optimizer.zero_grad()
