@@ -50,7 +50,7 @@ def test_bad_input(wrong):
 def trained(**settings):
     start = tiny.classifier(layers=1)
     before = [p.clone() for p in start.model.parameters()]
-    model, steps = fit(start, tiny.task(), epochs=8, batch_size=10, learning_rate=1e-2, imitate=True, **settings)
+    model, steps = fit(start, tiny.task(), epochs=12, batch_size=10, learning_rate=3e-3, imitate=True, **settings)
     assert all(torch.equal(a, b) for a, b in zip(before, start.model.parameters()))
     assert all(p.dtype == torch.float32 for p in model.model.parameters())
     return model, steps
