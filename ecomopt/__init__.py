@@ -41,6 +41,7 @@ _HOMES = {
     "compress.quantize": "quantize",
     "compress.quantize_llm": "quantize_language_model",
     "accelerate.runtime": "best_runtime convert",
+    "accelerate.runtime_llm": "convert_language_model",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
