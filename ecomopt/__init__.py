@@ -39,6 +39,9 @@ _HOMES = {
     "compress.shrink": "shrink",
     "compress.quantize": "quantize",
     "compress.quantize_llm": "quantize_language_model",
+    "tune.search": "GridSearch RandomSearch search",
+    "tune.bayes": "Tuner",
+    "tune.estimator": "TransformerClassifier",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

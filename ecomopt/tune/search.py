@@ -351,12 +351,13 @@ def _run(objective: Callable, searcher: Searcher, jobs: int, settle: Callable[[T
     if faults: raise faults[0]
 
 
-def _resume(searcher: Searcher, trials: list[Trial], size: int) -> None:
+def _resume(searcher: Searcher, trials: list[Trial], jobs: int, limit: int | None) -> None:
     "Take over the trials of a journal; what its last round left unfinished is asked for again."
     start = max((trial.start for trial in trials), default=0)
     last = {trial.number: trial for trial in trials if trial.number >= start}
     searcher.trials, searcher.asked = [trial for trial in trials if trial.number < start], []
-    try: searcher.ask(max(size, max(last) + 1 - start) if last else None)
+    size = max(jobs if limit is None else min(jobs, limit - start), max(last) + 1 - start) if last else 1
+    try: searcher.ask(size)
     except Exhausted: pass
     asked = {trial.number: trial for trial in searcher.asked}
     same = all(n in asked and asked[n].settings == trial.settings for n, trial in last.items())  # or another search has asked
@@ -397,7 +398,7 @@ def search(
     if trials is None and seconds is None: raise EcomoptError("There is no budget.", "search", "Give trials, seconds or both.")
     jobs, end = effective_n_jobs(jobs), monotonic() + (math.inf if seconds is None else seconds)
     with _Bar(progress, trials) as bar, Journal(journal, searcher.space) if journal else nullcontext() as notes:
-        if notes: _resume(searcher, notes.trials, jobs if trials is None else min(jobs, trials))
+        if notes: _resume(searcher, notes.trials, jobs, trials)
         while (room := jobs if trials is None else min(jobs, trials - len(searcher.trials))) > 0 and monotonic() < end:
             try: searcher.asked or searcher.ask(room)
             except Exhausted: break
