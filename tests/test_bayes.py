@@ -29,8 +29,9 @@ def loss(settings: dict) -> float:
 def valley(settings: dict) -> float: return branin([settings["x"], settings["y"]])
 
 
-def run(objective=loss, tuner=None, trials=10, **options) -> list[Trial]:
-    return search(objective, tuner or Tuner(SPACE), trials, progress=False, **options)
+def run(objective=loss, tuner=None, trials=10, backend="threading", **options) -> list[Trial]:
+    with joblib.parallel_config(backend=backend):
+        return search(objective, tuner or Tuner(SPACE), trials, progress=False, **options)
 
 
 def told(trials: list[Trial]) -> list: return [(trial.number, trial.settings, trial.value) for trial in trials]

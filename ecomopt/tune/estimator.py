@@ -96,7 +96,8 @@ def _predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [
 
 def _predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
     "The most likely class of each text."
-    return self.classes_[self.predict_proba(X).argmax(1)]
+    probability = self.predict_proba(X)
+    return self.classes_[probability.argmax(1)]
 
 
 def _tags(self):

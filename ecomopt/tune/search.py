@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -335,17 +335,16 @@ def _evaluate(objective: Callable, trial: Trial) -> tuple[Trial, EcomoptError | 
     return replace(trial, seconds=perf_counter() - begin, **outcome), fault
 
 
-def _round(objective: Callable, asked: list[Trial], jobs: int) -> Iterator[tuple[Trial, EcomoptError | None]]:
-    "Run trials side by side; each comes back as it ends, where the backend can do that."
-    try: parallel = Parallel(jobs, return_as="generator_unordered")
-    except ValueError: parallel = Parallel(jobs)  # Ray gives back a whole round
-    yield from parallel(delayed(_evaluate)(objective, trial) for trial in asked)
+def _workers(jobs: int) -> Parallel:
+    "Who runs the trials of all rounds; each comes back as it ends, where the backend can do that."
+    try: return Parallel(jobs, return_as="generator_unordered")
+    except ValueError: return Parallel(jobs)  # Ray gives back a whole round
 
 # %% ../../nbs/tune/40_search.ipynb #d8f05d62
-def _run(objective: Callable, searcher: Searcher, jobs: int, settle: Callable[[Trial], None]) -> None:
+def _run(objective: Callable, searcher: Searcher, workers: Parallel, settle: Callable[[Trial], None]) -> None:
     "A round of what has been asked for; a fault of the objective is raised when the others are settled."
     faults = []
-    for trial, fault in _round(objective, list(searcher.asked), jobs):
+    for trial, fault in workers(delayed(_evaluate)(objective, trial) for trial in list(searcher.asked)):
         if fault: faults.append(fault)
         else: settle(searcher.tell(trial.settings, trial.value, trial.seconds, trial.error))
     if faults: raise faults[0]
@@ -397,12 +396,12 @@ def search(
     "Try settings until the budget is spent."
     if trials is None and seconds is None: raise EcomoptError("There is no budget.", "search", "Give trials, seconds or both.")
     jobs, end = effective_n_jobs(jobs), monotonic() + (math.inf if seconds is None else seconds)
-    with _Bar(progress, trials) as bar, Journal(journal, searcher.space) if journal else nullcontext() as notes:
+    with _Bar(progress, trials) as bar, Journal(journal, searcher.space) if journal else nullcontext() as notes, _workers(jobs) as workers:
         if notes: _resume(searcher, notes.trials, jobs, trials)
         while (room := jobs if trials is None else min(jobs, trials - len(searcher.trials))) > 0 and monotonic() < end:
             try: searcher.asked or searcher.ask(room)
             except Exhausted: break
-            _run(objective, searcher, jobs, partial(_settle, searcher, notes, bar))
+            _run(objective, searcher, workers, partial(_settle, searcher, notes, bar))
     return searcher.trials
 
 # %% ../../nbs/tune/40_search.ipynb #ce708a93
