@@ -33,7 +33,7 @@ import optuna  # noqa: E402
 
 SURFACE = Path(__file__).with_name("tune_reviews.csv")
 RUNS = Path(__file__).parents[1] / ".cache" / "benchmark_tune.jsonl"
-SEEDS, BUDGET, PATIENCE = list(range(20)), 20, 180
+SEEDS, BUDGET = list(range(20)), 20
 LEVELS = {
     "layers": [1, 2],
     "batch_size": [8, 32, 128],
@@ -154,17 +154,22 @@ def version(problem: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
-def run_of(problem: str, method: str, seed: int, budget: int) -> list[float]:
-    """The values of a run; peers' do not depend on our code."""
-    key = [problem, method, seed, budget, version(problem) if method == "ours" or problem == "reviews" else skopt.__version__ + optuna.__version__]
-    kept = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    found = [values for one, values in kept if one == key]
+def kept(key: list, compute: Callable[[], list]) -> list[float]:
+    """A result from the disk, or computed and written there."""
+    lines = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    found = [values for one, values in lines if one == key]
     if found: return found[0]
-    objective, space, levels = PROBLEMS[problem]
-    values = [float(value) for value in methods(levels)[method](objective, space, seed, budget)]
+    values = [float(value) for value in compute()]
     RUNS.parent.mkdir(exist_ok=True)
     with RUNS.open("a") as file: file.write(json.dumps([key, values]) + "\n")
     return values
+
+
+def run_of(problem: str, method: str, seed: int) -> list[float]:
+    """The values of a run; those of peers do not depend on our code."""
+    objective, space, levels = PROBLEMS[problem]
+    what = version(problem) if method == "ours" or problem == "reviews" else skopt.__version__ + optuna.__version__
+    return kept([problem, method, seed, BUDGET, what], lambda: methods(levels)[method](objective, space, seed, BUDGET))
 
 
 def interval(values: list[float]) -> str:
@@ -178,17 +183,24 @@ def regrets(problem: str) -> list[dict]:
     """Best of the budget above the lowest value, one row a method."""
     rows = []
     for method in methods(PROBLEMS[problem][2]):
-        above = [min(run_of(problem, method, seed, BUDGET)[:BUDGET]) - lowest(problem) for seed in SEEDS]
+        above = [min(run_of(problem, method, seed)) - lowest(problem) for seed in SEEDS]
         rows.append({"problem": problem, "method": method, "what": f"regret, best of {BUDGET}", "median": median(above), "interval": interval(above)})
         print(rows[-1], flush=True)
     return rows
 
 
-def reach(method: str) -> dict:
+def trials_until(goal: float, searcher: Searcher) -> Iterator[int]:
+    """How many trials it takes until a value is good enough."""
+    while not searcher.trials or searcher.best.value > goal:
+        settings = searcher.ask()
+        searcher.tell(settings, looked_up(settings))
+    yield len(searcher.trials)
+
+
+def reach(method: str, make: Callable[[dict, int], Searcher]) -> dict:
     """Trials until within one per cent of the table's best."""
-    goal = 1.01 * lowest("reviews")
-    runs = [run_of("reviews", method, seed, PATIENCE) for seed in SEEDS]
-    first = [next((n for n, value in enumerate(run, 1) if value <= goal), PATIENCE + 1) for run in runs]
+    goal, space = 1.01 * lowest("reviews"), PROBLEMS["reviews"][1]
+    first = [kept(["reach", method, seed, version("reviews")], lambda seed=seed: trials_until(goal, make(space, seed)))[0] for seed in SEEDS]
     return {"problem": "reviews", "method": method, "what": "trials to within 1 %", "median": median(first), "interval": interval(first)}
 
 
@@ -236,7 +248,7 @@ if __name__ == "__main__":
     if "reviews" in problems: fill()
     rows = [row for problem in problems for row in regrets(problem)]
     if problems == list(PROBLEMS):
-        rows += [reach("random"), reach("ours"), *suggestion()]
+        rows += [reach("random", RandomSearch), reach("ours", Tuner), *suggestion()]
         table = pd.DataFrame(rows)
         table["median"] = table["median"].map("{:.4g}".format)
         report("tune", table, SEEDS, NOTES)
