@@ -35,7 +35,7 @@ site: assets  ## Execute the notebooks in full and build the site in _site/
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS),runtimes]'
-	@test -d .peers || $(PIP) install --no-deps --target .peers torchao==0.18.0  # apart: beside transformers it warns at every import
+	@test -d .peers/optuna || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0  # apart: only compared with
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these

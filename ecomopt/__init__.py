@@ -42,6 +42,9 @@ _HOMES = {
     "compress.calibrate": "calibrate",
     "compress.qat": "fake_quantize",
     "compress.quantize_llm": "quantize_language_model",
+    "tune.search": "GridSearch RandomSearch search",
+    "tune.bayes": "Tuner",
+    "tune.estimator": "TransformerClassifier",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

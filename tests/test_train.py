@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from ecomopt import EcomoptError
+from ecomopt.compress.shrink import shrink
 from ecomopt.core import train
 from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
@@ -107,4 +108,15 @@ def test_a_pickled_checkpoint_is_refused(checkpoint):
 
 
 def test_three_classes(checkpoint):
+    assert load_model(checkpoint, ("a", "b", "c")).logits(["good"]).shape == (1, 3)
+
+
+def test_a_shrunk_model_saved_without_its_shapes_is_refused(tmp_path):
+    small = shrink(tiny.classifier(), heads=2)
+    small.model.save_pretrained(tmp_path)
+    small.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(EcomoptError, match="another shape"): load_model(tmp_path, small.labels)
+
+
+def test_a_head_of_other_classes_is_made_anew(checkpoint):
     assert load_model(checkpoint, ("a", "b", "c")).logits(["good"]).shape == (1, 3)

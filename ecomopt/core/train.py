@@ -94,12 +94,14 @@ def load_model(
     ids = dict(enumerate(labels))
     try:
         config = AutoConfig.from_pretrained(path, id2label=ids, label2id={v: k for k, v in ids.items()})
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, use_safetensors=True,
-            ignore_mismatched_sizes=True)
+        model, found = AutoModelForSequenceClassification.from_pretrained(path, config=config, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise EcomoptError(f"The model cannot be loaded: {str(error).splitlines()[0]}", f"model {str(name)!r}",
             f"Name an asset ({', '.join(ASSETS)}), a directory with safetensors, or a hub id that can be reached.") from error
+    wrong = [name for name, *_ in found["mismatched_keys"] if name.startswith(f"{model.base_model_prefix}.")]  # of the head they may
+    if wrong: raise EcomoptError(f"{wrong[0]} has another shape than the configuration says.", f"model {str(name)!r}", "Save a shrunk model with ecomopt.save, and load it with ecomopt.load.")
     return Classifier(model, tokenizer, max_length)
 
 # %% ../../nbs/core/12_train.ipynb #5fadf361

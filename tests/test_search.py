@@ -1,0 +1,264 @@
+"""Grid, random and halving: nothing is lost, nothing is asked twice; and bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skopt.space import Categorical, Integer, Real
+
+from ecomopt import EcomoptError
+from ecomopt.tune.search import (
+    Exhausted,
+    GridSearch,
+    Journal,
+    ListSearch,
+    RandomSearch,
+    Trial,
+    best,
+    check_space,
+    halve,
+    number,
+    search,
+    values_of,
+)
+
+SPACE = {"rate": Real(1e-6, 1e-2, "log-uniform"), "layers": Integer(1, 6), "pooling": Categorical(["mean", "first"])}
+
+
+def loss(settings: dict) -> float:
+    return abs(np.log10(settings["rate"]) + 4) + settings["layers"] / 10 + (settings["pooling"] == "mean")
+
+
+def run(objective=loss, searcher=None, trials=8, backend="threading", **options) -> list[Trial]:
+    with joblib.parallel_config(backend=backend):
+        return search(objective, searcher or RandomSearch(SPACE), trials, progress=False, **options)
+
+
+# the space
+
+@pytest.mark.parametrize("space, what", [
+    ({}, "no search space"),
+    ([("rate", (0.1, 1.0))], "no search space"),
+    ({3: (0.1, 1.0)}, "no search space"),
+    ({"rate": (1.0, 0.1)}, "less than"),
+    ({"rate": (0.1, 0.1)}, "is none"),
+    ({"rate": (0.0, 1.0, "log-uniform")}, "log-uniform"),
+    ({"rate": (-1.0, 1.0, "log-uniform")}, "log-uniform"),
+    ({"layers": (0, 3, "log-uniform")}, "log-uniform"),
+    ({"rate": (0.0, float("inf"))}, "do not fit"),
+    ({"pooling": []}, "is none"),
+    ({"pooling": Categorical([("a",), ("b",)])}, "not plain"),
+    ({"rate": "0.1"}, "is none"),
+])
+def test_bad_spaces(space, what):
+    with pytest.raises(EcomoptError, match=what): RandomSearch(space)
+
+
+@pytest.mark.parametrize("settings, what", [
+    ({"rate": 1e-3, "layers": 3, "poling": "mean"}, "Did you mean 'pooling'"),
+    ({"rate": 1e-3, "layers": 3}, "missing"),
+    ({"rate": 1.0, "layers": 3, "pooling": "mean"}, "outside"),
+    ({"rate": 1e-3, "layers": 7, "pooling": "mean"}, "outside"),
+    ({"rate": 1e-3, "layers": 3, "pooling": "last"}, "outside"),
+])
+def test_bad_settings(settings, what):
+    with pytest.raises(EcomoptError, match=what): RandomSearch(SPACE).tell(settings, 1.0)
+
+
+def test_values_keep_to_their_scale():
+    assert np.allclose(values_of(Real(1e-4, 1e-2, "log-uniform"), 3), [1e-4, 1e-3, 1e-2])
+    assert values_of(Integer(1, 100, "log-uniform"), 3) == [1, 10, 100] and values_of(Integer(1, 3), 9) == [1, 2, 3]
+    assert values_of(Real(2.0, 4.0), 1) == [3.0] and values_of(Categorical(["a", "b"]), 1) == ["a", "b"]
+
+
+# who asks
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), n=st.integers(1, 40))
+def test_points_are_new_plain_and_inside(seed, n):
+    searcher = RandomSearch(SPACE, seed)
+    points = searcher.ask(n)
+    assert len({json.dumps(point) for point in points}) == n
+    assert all([type(value) for value in point.values()] == [float, int, str] for point in points)
+    assert all(point[name] in dimension for point in points for name, dimension in check_space(SPACE).items())
+    assert points == RandomSearch(SPACE, seed).ask(n)
+
+
+def test_a_small_space_is_used_up_and_no_more():
+    searcher = RandomSearch({"layers": (1, 3), "pooling": ["mean", "first"]})
+    assert len({tuple(point.values()) for point in searcher.ask(99)}) == 6
+    with pytest.raises(Exhausted): searcher.ask()
+    assert len(run(lambda settings: settings["layers"], GridSearch({"layers": (1, 3)}, 2), trials=99)) == 2
+
+
+def test_draws_follow_the_prior():
+    rates = np.log10([point["rate"] for point in RandomSearch(SPACE).ask(400)])
+    assert np.allclose(np.quantile(rates, [0.25, 0.5, 0.75]), [-5, -4, -3], atol=0.35)
+
+
+def test_grid_has_every_combination():
+    grid = GridSearch(SPACE, {"rate": 3, "layers": 2, "pooling": 1})
+    assert len(grid.points) == 12 and {point["layers"] for point in grid.points} == {1, 6}
+    for levels in (0, {"rate": 3}, 2.5):
+        with pytest.raises(EcomoptError, match="levels"): GridSearch(SPACE, levels)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5])
+def test_ask_for_a_whole_number(n):
+    with pytest.raises(EcomoptError, match="n is"): RandomSearch(SPACE).ask(n)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, np.float32(1), np.int64(1), np.array(1.0), torch.tensor(1.0), True])
+def test_numbers_of_all_kinds(value):
+    assert number(value) == 1.0 and type(number(value)) is float
+
+
+@pytest.mark.parametrize("value", ["1.0", None, 1j, [1.0], np.array([1.0, 2.0]), {}])
+def test_what_is_no_number(value):
+    with pytest.raises(EcomoptError, match="no number"): number(value)
+
+
+def test_failures_are_trials():
+    def fragile(settings):
+        if settings["layers"] > 3: raise RuntimeError("out of memory")
+        return float("nan") if settings["pooling"] == "mean" else 1.0
+    trials = run(fragile, trials=20)
+    errors = {trial.error for trial in trials}
+    assert len(trials) == 20 and errors == {None, "RuntimeError: out of memory", "The value is nan."}
+    assert all((trial.value is None) == (trial.error is not None) for trial in trials) and best(trials).value == 1.0
+    with pytest.raises(EcomoptError, match="None of 3 trials.*ZeroDivisionError"): best(run(lambda settings: 1 / 0, trials=3))
+
+
+def test_budgets():
+    begun = time.monotonic()
+    assert 1 <= len(run(lambda settings: time.sleep(0.02) or 1.0, trials=None, seconds=0.2)) < 1 + (time.monotonic() - begun) / 0.02
+    assert run(trials=None, seconds=0.0) == []
+    with pytest.raises(EcomoptError, match="budget"): run(trials=None)
+
+
+# the journal
+
+def test_one_line_a_trial(tmp_path):
+    trials = run(journal=tmp_path / "deep" / "journal.jsonl")
+    lines = (tmp_path / "deep" / "journal.jsonl").read_text().splitlines()
+    assert [Trial(**json.loads(line)) for line in lines[1:]] == trials
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("cut", range(0, 200, 23))
+def test_goes_on_after_a_kill_in_mid_write(tmp_path, cut, jobs):
+    journal = tmp_path / "journal.jsonl"
+    whole = [(t.number, t.settings, t.value) for t in run(jobs=1)]
+    run(journal=journal)
+    journal.write_bytes(journal.read_bytes()[:-1 - cut])
+    assert [(t.number, t.settings, t.value) for t in run(journal=journal, jobs=jobs)] == whole
+    assert len(journal.read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("jobs", [2, 4])
+def test_an_unfinished_round_is_finished(tmp_path, jobs):
+    journal = tmp_path / "journal.jsonl"
+    whole = run(journal=journal, jobs=jobs, trials=8)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:-2], lines[-1]]))  # the last but one was lost
+    again = run(journal=journal, jobs=jobs, trials=8)
+    assert [(t.number, t.settings, t.start) for t in again] == [(t.number, t.settings, t.start) for t in whole]
+
+
+def test_another_search_may_go_on(tmp_path):
+    run(journal=tmp_path / "journal", trials=5)
+    trials = run(searcher=RandomSearch(SPACE, seed=7), journal=tmp_path / "journal", trials=9)
+    assert len({tuple(trial.settings.values()) for trial in trials}) == 9 and [trial.number for trial in trials] == list(range(9))
+
+
+def test_journals_that_do_not_fit(tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    run(journal=journal, trials=3)
+    with pytest.raises(EcomoptError, match="another space"): run(journal=journal, searcher=RandomSearch({**SPACE, "layers": Integer(1, 7)}))
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
+    with pytest.raises(EcomoptError, match="Line 2"): run(journal=journal)
+    assert len(journal.read_text().splitlines()) == 4  # nothing was thrown away
+
+
+def test_no_second_process(tmp_path):
+    with Journal(tmp_path / "journal", SPACE), pytest.raises(EcomoptError, match="Another process"):
+        run(journal=tmp_path / "journal")
+    assert len(run(journal=tmp_path / "journal")) == 8
+
+
+@pytest.mark.parametrize("answer", ["good", None, [0.5]])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_number_stops_and_loses_nothing(tmp_path, answer, jobs):
+    journal, calls = tmp_path / "journal", tmp_path / "calls"
+    calls.mkdir()
+    def late(settings):
+        (calls / f"{settings['rate']}").touch()
+        return answer if len(list(calls.iterdir())) > 5 else loss(settings)
+    with pytest.raises(EcomoptError, match="no number"): run(late, journal=journal, jobs=jobs)
+    assert len(journal.read_text().splitlines()) - 1 in (4, 5)
+    assert [t.settings for t in run(journal=journal, jobs=jobs)] == [t.settings for t in run()]
+
+
+PROGRAM = """
+import sys, time
+from ecomopt.tune.search import RandomSearch, search
+if __name__ == "__main__":
+    trials = search(lambda s: time.sleep(0.03) or s["x"], RandomSearch({"x": (0.0, 1.0)}), 12, journal=sys.argv[1], progress=False)
+    print([(trial.number, trial.settings) for trial in trials])
+"""
+
+
+def test_killed_for_real(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    def start(name): return subprocess.Popen([sys.executable, tmp_path / "program.py", tmp_path / name], stdout=subprocess.PIPE, text=True)
+    process, journal = start("killed"), tmp_path / "killed"
+    while not journal.exists() or len(journal.read_text().splitlines()) < 4: time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(journal.read_text().splitlines()) < 13
+    assert start("killed").communicate()[0] == start("whole").communicate()[0] != ""
+
+
+# in parallel, and giving up early
+
+@pytest.mark.parametrize("jobs, backend", [(2, "loky"), (-1, "threading")])
+def test_parallel_trials_are_the_same_trials(jobs, backend):
+    assert [(t.number, t.settings, t.value) for t in run(jobs=jobs, backend=backend)] == [(t.number, t.settings, t.value) for t in run()]
+
+
+def budgeted(settings: dict, budget: int) -> float: return loss(settings) + 1 / budget
+
+
+def test_halving_keeps_the_best(tmp_path):
+    rungs = halve(budgeted, RandomSearch(SPACE), 27, (1, 3, 9), journal=tmp_path / "half.jsonl", progress=False)
+    assert {budget: len(trials) for budget, trials in rungs.items()} == {1: 27, 3: 9, 9: 3}
+    assert best(rungs[9]).settings == best(rungs[1]).settings and {p.name for p in Path(tmp_path).glob("*.jsonl")} == {f"half.{b}.jsonl" for b in (1, 3, 9)}
+    def never(settings, budget): raise AssertionError("all of it is in the journals")
+    assert halve(never, RandomSearch(SPACE), 27, (1, 3, 9), journal=tmp_path / "half.jsonl", progress=False) == rungs
+
+
+def test_halving_drops_failures():
+    def fragile(settings, budget): return loss(settings) if settings["layers"] > 3 else float("nan")
+    rungs = halve(fragile, RandomSearch(SPACE), 9, (1, 9), progress=False)
+    assert all(trial.value is not None for trial in rungs[9])
+
+
+@pytest.mark.parametrize("budgets", [(1,), (3, 1), (0, 1), (1, 99)])
+def test_bad_budgets(budgets):
+    with pytest.raises(EcomoptError, match="budgets"): halve(budgeted, RandomSearch(SPACE), 9, budgets)
+
+
+def test_points_of_a_list():
+    points = [{"rate": 1e-3, "layers": n, "pooling": "mean"} for n in (3, 1, 2)]
+    assert [trial.settings["layers"] for trial in run(searcher=ListSearch(SPACE, points))] == [3, 1, 2]
+    with pytest.raises(EcomoptError, match="missing"): ListSearch(SPACE, [{"rate": 1e-3}])
