@@ -61,6 +61,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'ecomopt/accelerate/pipeline.py')},
             'ecomopt.compress.calibrate': { 'ecomopt.compress.calibrate.Histogram': ( 'compress/calibrate.html#histogram',
                                                                                       'ecomopt/compress/calibrate.py'),
+                                            'ecomopt.compress.calibrate.Histogram.edges': ( 'compress/calibrate.html#histogram.edges',
+                                                                                            'ecomopt/compress/calibrate.py'),
                                             'ecomopt.compress.calibrate.StaticLinear': ( 'compress/calibrate.html#staticlinear',
                                                                                          'ecomopt/compress/calibrate.py'),
                                             'ecomopt.compress.calibrate.StaticLinear.__init__': ( 'compress/calibrate.html#staticlinear.__init__',

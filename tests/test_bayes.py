@@ -1,16 +1,12 @@
 """The tuner: nothing twice, nothing lost, the same in threads, processes and on Ray; and better than chance."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import joblib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed import outputs_and_lines
 from skopt.benchmarks import branin
 from skopt.space import Categorical, Integer, Real
 
@@ -148,13 +144,8 @@ if __name__ == "__main__":
 
 
 def test_killed_for_real(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    def start(name): return subprocess.Popen([sys.executable, tmp_path / "program.py", tmp_path / name], stdout=subprocess.PIPE, text=True)
-    process, journal = start("killed"), tmp_path / "killed"
-    while not journal.exists() or len(journal.read_text().splitlines()) < 7: time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert start("killed").communicate()[0] == start("whole").communicate()[0] != ""
+    killed, whole, _ = outputs_and_lines(PROGRAM, 7, tmp_path)
+    assert killed == whole != ""
 
 
 # in parallel: one test for all backends

@@ -1,9 +1,5 @@
 """Grid, random and halving: nothing is lost, nothing is asked twice; and bad input."""
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed import outputs_and_lines
 from skopt.space import Categorical, Integer, Real
 
 from ecomopt import EcomoptError
@@ -219,14 +216,9 @@ if __name__ == "__main__":
 
 
 def test_killed_for_real(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    def start(name): return subprocess.Popen([sys.executable, tmp_path / "program.py", tmp_path / name], stdout=subprocess.PIPE, text=True)
-    process, journal = start("killed"), tmp_path / "killed"
-    while not journal.exists() or len(journal.read_text().splitlines()) < 4: time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(journal.read_text().splitlines()) < 13
-    assert start("killed").communicate()[0] == start("whole").communicate()[0] != ""
+    killed, whole, written = outputs_and_lines(PROGRAM, 4, tmp_path)
+    assert written < 13
+    assert killed == whole != ""
 
 
 # in parallel, and giving up early

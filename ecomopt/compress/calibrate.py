@@ -25,6 +25,11 @@ class Histogram(NamedTuple):
     low: float            # where the first bin begins
     high: float           # where the last one ends
 
+    @property
+    def edges(self) -> torch.Tensor:  # [K + 1]
+        "Where the bins begin and end."
+        return torch.linspace(self.low, self.high, len(self.counts) + 1)
+
 
 def _watch(classifier: Classifier, texts: Sequence[str], look: Callable[[str, torch.Tensor], None]) -> None:
     "Show each input of each int8 layer to `look` while the texts pass."
@@ -58,7 +63,7 @@ def input_histograms(
 # %% ../../nbs/compress/25_calibrate.ipynb #4c000227
 def _least_error(h: Histogram) -> tuple[float, float]:
     "The range with the smallest error of equation (3), among 40 × 40 shorter ones."
-    edges, fractions = torch.linspace(h.low, h.high, len(h.counts) + 1), torch.logspace(-2, 0, 40)
+    edges, fractions = h.edges, torch.logspace(-2, 0, 40)
     centres, lows, highs = (edges[1:] + edges[:-1]) / 2, fractions * h.low, fractions * h.high
     below = (h.counts * (lows[:, None] - centres).clamp(min=0).square()).sum(1)
     above = (h.counts * (centres - highs[:, None]).clamp(min=0).square()).sum(1)
@@ -69,7 +74,7 @@ def _least_error(h: Histogram) -> tuple[float, float]:
 
 def _inner(h: Histogram, percentile: float) -> tuple[float, float]:
     "The range that leaves out half of the rest at each end, in whole bins."
-    edges, tail = torch.linspace(h.low, h.high, len(h.counts) + 1).tolist(), (1 - percentile / 100) / 2 * h.counts.sum().item()
+    edges, tail = h.edges.tolist(), (1 - percentile / 100) / 2 * h.counts.sum().item()
     first, last = ((counts.double().cumsum(0) <= tail).sum().item() for counts in (h.counts, h.counts.flip(0)))
     return min(edges[first], 0.0), max(edges[len(h.counts) - last], 0.0)
 

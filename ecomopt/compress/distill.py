@@ -8,6 +8,7 @@ __all__ = ['distillation_loss', 'hidden_loss', 'attention_loss', 'DistillationTr
 
 # %% ../../nbs/compress/20_distill.ipynb #62214716
 import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,13 +82,13 @@ def attention_loss(
     return rows.sum() / (len(rows) if tokens is None else tokens)
 
 # %% ../../nbs/compress/20_distill.ipynb #330d457e
-_WANTED = dict(temperature="a number above 0", alpha="a number from 0 to 1")
+_WANTED = {"temperature": (lambda x: 0 < x, "a number above 0"), "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1")}
 
 
 def _check(temperature: float, alpha: float, **weights: float) -> None:
     for name, value in dict(weights, temperature=temperature, alpha=alpha).items():
-        good = isinstance(value, Real) and 0 <= value < float("inf") and (name != "temperature" or value > 0) and (name != "alpha" or value <= 1)
-        if not good: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", f"Give {_WANTED.get(name, 'a weight of 0 or more')}.")
+        fits, wanted = _WANTED.get(name, (lambda x: 0 <= x, "a weight of 0 or more"))
+        if not (isinstance(value, Real) and math.isfinite(value) and fits(value)): raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", f"Give {wanted}.")
 
 
 def _weights(arguments: dict) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import EcomoptError
 from .quantize import check_bits, check_classifier
-from ..core.artifact import Rebuildable
+from .shrink import ShrunkLinear
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/26_qat.ipynb #04971656
@@ -40,7 +40,7 @@ def best_scale(
     return steps.gather(0, errors.argmin(0)[None])[0]
 
 # %% ../../nbs/compress/26_qat.ipynb #90622186
-class FakeQuantLinear(Rebuildable, nn.Linear):
+class FakeQuantLinear(ShrunkLinear):
     "A linear layer that computes with weights of few bits, and trains those beneath (Jacob et al. 2018)."
 
     def __init__(self,
@@ -55,7 +55,7 @@ class FakeQuantLinear(Rebuildable, nn.Linear):
 
     def spec(self) -> dict:
         "Say how to make an empty one."
-        return dict(in_features=self.in_features, out_features=self.out_features, bias=self.bias is not None, bits=self.bits)
+        return super().spec() | dict(bits=self.bits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "[..., n] → [..., m]."

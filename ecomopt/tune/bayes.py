@@ -149,7 +149,7 @@ def dependence(
     values = values_of(tuner.space[name], None if isinstance(tuner.space[name], Categorical) else n)
     at = names.index(name)
     model = result.models[-1].estimators_[0] if tuner.per_second else result.models[-1]
-    mean = lambda value: model.predict(result.space.transform([[*p[:at], value, *p[at + 1:]] for p in points])).mean()  # noqa: E731
+    def mean(value): return model.predict(result.space.transform([[*p[:at], value, *p[at + 1:]] for p in points])).mean()
     return values, np.array([mean(value) for value in values])
 
 # %% ../../nbs/tune/42_bayes.ipynb #a67b3add

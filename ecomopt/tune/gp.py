@@ -161,7 +161,7 @@ def log_expected_improvement(
     "Logarithm of the expected improvement, also where it is too small for a number (Ament et al. 2023)."
     z = (best - mean) / std
     low, high = np.minimum(z, -1.0), np.maximum(z, -1.0)
-    density = lambda z: -z * z / 2 - np.log(2 * np.pi) / 2  # noqa: E731
+    def density(z): return -z * z / 2 - np.log(2 * np.pi) / 2
     ratio = np.sqrt(np.pi / 2) * erfcx(-low / np.sqrt(2))  # Φ/φ
     tail = np.where(low > -1e4, np.log(np.maximum(1 + low * ratio, 1e-300)), -2 * np.log(-low))
     usual = np.log(np.exp(density(high)) + high * np.exp(log_ndtr(high)))

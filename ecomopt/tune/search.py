@@ -399,7 +399,8 @@ def search(
     with _Bar(progress, trials) as bar, Journal(journal, searcher.space) if journal else nullcontext() as notes, _workers(jobs) as workers:
         if notes: _resume(searcher, notes.trials, jobs, trials)
         while (room := jobs if trials is None else min(jobs, trials - len(searcher.trials))) > 0 and monotonic() < end:
-            try: searcher.asked or searcher.ask(room)
+            try:
+                if not searcher.asked: searcher.ask(room)
             except Exhausted: break
             _run(objective, searcher, workers, partial(_settle, searcher, notes, bar))
     return searcher.trials
@@ -409,7 +410,7 @@ def _check_budgets(budgets: Sequence[float], trials: int) -> None:
     "Refuse budgets that do not rise, or that leave no trial."
     rising = len(budgets) > 1 and all(a < b for a, b in zip(budgets, budgets[1:])) and budgets[0] > 0
     if not rising or trials * budgets[0] < budgets[-1]:
-        raise EcomoptError(f"The budgets {budgets!r} do not fit {trials} trials.", "argument budgets", 
+        raise EcomoptError(f"The budgets {budgets!r} do not fit {trials} trials.", "argument budgets",
             "Give two or more rising numbers such as (1, 3, 9), and enough trials that one is left.")
 
 # %% ../../nbs/tune/40_search.ipynb #cef568c5

@@ -1,0 +1,22 @@
+"""A search that is really killed: used by the tests of search and of Bayesian optimization."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def outputs_and_lines(program: str, lines: int, folder: Path) -> tuple[str, str, int]:
+    """What a program prints that goes on after `kill -9`, what it prints undisturbed, and lines of its journal when it was killed.
+
+    The program writes a journal to the path that it is given; it is killed when that has `lines` lines.
+    """
+    (folder / "program.py").write_text(program)
+    def start(name): return subprocess.Popen([sys.executable, folder / "program.py", folder / name], stdout=subprocess.PIPE, text=True)
+    process, journal = start("killed"), folder / "killed"
+    while not journal.exists() or len(journal.read_text().splitlines()) < lines: time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    written = len(journal.read_text().splitlines())
+    return start("killed").communicate()[0], start("whole").communicate()[0], written
