@@ -3,7 +3,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS  := dev
+EXTRAS  := dev,runtimes
 ASSETS  := minilm smollm2 reviews reviews_zh
 READY   := $(VENV)/.ready
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
@@ -34,7 +34,6 @@ site: assets  ## Execute the notebooks in full and build the site in _site/
 	@$(BIN)/python tools/site.py
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
-	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS),runtimes]'
 	@test -d .peers/optuna || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0  # apart: only compared with
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 

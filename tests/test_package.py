@@ -87,14 +87,17 @@ def test_constraints_pin_every_requirement():
 
 
 def test_imports_are_declared():
-    declared = {Requirement(text).name.lower() for text in INI["requirements"].split()}
+    """What a module imports is required; what only a function imports may also be in an extra."""
+    def declared(*keys): return {Requirement(text).name.lower() for key in keys for text in INI[key].split()}
+    def names(nodes):
+        used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        return {name.partition(".")[0] for name in used} - {*sys.stdlib_module_names, "ecomopt"}
     trees = [ast.parse(file.read_text(encoding="utf8")) for file in (ROOT / "ecomopt").rglob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    outside = {name.partition(".")[0] for name in used} - {*sys.stdlib_module_names, "ecomopt"}
-    owners = packages_distributions()
-    assert [name for name in outside if declared.isdisjoint(map(str.lower, owners.get(name, [])))] == []
+    inside = names(node for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f))
+    at_once, owners = names(node for tree in trees for node in tree.body), packages_distributions()
+    def missing(used, known): return [name for name in used if known.isdisjoint(map(str.lower, owners.get(name, [])))]
+    assert missing(at_once, declared("requirements")) == [] == missing(inside, declared("requirements", "runtimes_requirements"))
 
 
 def test_import_is_light(tmp_path):

@@ -1,0 +1,83 @@
+"""Runtimes: the encoder in every program and precision, the language model beside openvino-genai and llama.cpp, in turns in one process."""
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ecomopt import best_runtime, convert, finetune, load_language_model, load_task, quantize_language_model
+from ecomopt.accelerate.runtime_llm import convert_language_model
+from ecomopt.core.assets import fetch
+from ecomopt.core.generate import greedy, losses, paired_perplexity
+from ecomopt.core.measure import interleave, take_turns
+from tools.bench import report
+
+SEEDS, THREADS, ROUNDS, TOKENS = [0, 1, 2], 2, 7, 64
+PROMPT = "Write a short product description for a stainless steel water bottle that keeps drinks cold for 24 hours."
+NOTES = (f"{THREADS} threads; ratios to torch eager in float32, in turns in one process, median and middle half of {ROUNDS} rounds. Encoder: MiniLM, four epochs on reviews; "
+         "sentences a second of the test split in batches of 32, tokenization included; the variant was chosen on the validation split of seed 0; labels equal to float32: test split, "
+         f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; perplexity on whole reviews of the test split against float32. "
+         "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves; llama.cpp comes from `.peers`.")
+
+
+def encoder() -> list[dict]:
+    """The chosen variant for each seed; all variants for the first."""
+    task = load_task("reviews")
+    teachers = {seed: finetune("minilm", task, epochs=4, seed=seed) for seed in SEEDS}
+    texts, choice = task.test["text"][:], best_runtime(teachers[0], task, rounds=ROUNDS)
+    print(choice.why, choice.table.to_string(), sep="\n")
+    rows = []
+    for seed, teacher in teachers.items():
+        made = {"torch float32": teacher, f"{choice.runtime} {choice.precision}": convert(teacher, choice.runtime, choice.precision, task)}
+        said = {name: c.logits(texts).argmax(1) for name, c in made.items()}
+        rates = take_turns(made, texts, ROUNDS, 40, 32, seed)[0]["sentences/s"]
+        rows += [{"what": f"encoder, {name}", "a second": rates[name].median(), "×": (rates[name] / rates["torch float32"]).median(),
+                  "equal labels": (said[name] == said["torch float32"]).float().mean().item()} for name in made]
+    return pd.DataFrame(rows).groupby("what", sort=False).mean().reset_index().to_dict("records")
+
+
+def genai(path: str) -> Callable:
+    """openvino-genai reads the GGUF file."""
+    module = import_module("openvino_genai")
+    pipe = module.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=THREADS)
+    config = module.GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True, do_sample=False)
+    return lambda _: pipe.generate(PROMPT, config)
+
+
+def llama(path: str) -> Callable:
+    """llama.cpp reads the GGUF file."""
+    sys.path.append(".peers")
+    model = import_module("llama_cpp").Llama(path, n_threads=THREADS, n_ctx=512, verbose=False)
+    prompt, config = model.tokenize(PROMPT.encode()), {"temp": 0.0}
+    def write(_):
+        for n, _ in enumerate(model.generate(prompt, reset=True, **config), 1):
+            if n == TOKENS: return
+    return write
+
+
+def language_model() -> list[dict]:
+    """All programs write the same number of tokens, in turns."""
+    lm, path = load_language_model("smollm2"), str(next(fetch("smollm2").glob("*.gguf")))
+    models = {"torch float32": lm, "torch int8": quantize_language_model(lm, 8), "torch int4": quantize_language_model(lm, 4)}
+    models |= {f"OpenVINO, {bits} bits": convert_language_model(lm, bits) for bits in (8, 4)}
+    ids = lm.encode([PROMPT], chat=True)
+    calls = {name: lambda _, m=m: greedy(m.model, ids, TOKENS) for name, m in models.items()}
+    for name, make in {"openvino-genai, Q4_1": genai, "llama.cpp, Q4_1": llama}.items():
+        try: calls[name] = make(path)
+        except ImportError as error: print(f"{name}: not measured, {error}")
+    seconds = {name: s[:, 0] for name, s in interleave(calls, [[None]] * ROUNDS).items()}
+    reviews = pd.DataFrame(load_task("reviews").test[:]).groupby("group", sort=False).text.agg(" ".join).tolist()
+    judged = {name: losses(m, reviews) for name, m in models.items()}
+    def row(name):
+        ratio = seconds["torch float32"] / seconds[name]
+        change = paired_perplexity(judged["torch float32"], judged[name])["perplexity_change"] if name in judged else None
+        return {"what": f"language model, {name}", "a second": TOKENS / np.median(seconds[name]), "×": np.median(ratio),
+                "middle half": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])), "perplexity": change,
+                "× llama.cpp": np.median(seconds["llama.cpp, Q4_1"] / seconds[name]) if "llama.cpp, Q4_1" in seconds else None}
+    return [row(name) for name in calls]
+
+
+torch.set_num_threads(THREADS)
+report("runtime", pd.DataFrame(encoder() + language_model()).round(4), SEEDS, NOTES)

@@ -1,0 +1,160 @@
+"""Runtimes: the same answers, back from disk too; what is missing or wrong is said; no wait without end."""
+import copy
+import functools
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from ecomopt import EcomoptError
+from ecomopt.accelerate import runtime
+from ecomopt.accelerate.runtime import GraphRuntime, best_runtime, convert
+from ecomopt.compress.quantize import quantize
+from ecomopt.core.artifact import load, save
+from ecomopt.core.measure import count_macs, count_parameters
+from ecomopt.core.train import fingerprint
+
+TEXTS = ["the battery is great", "bad", "a phone works very good not bad", "screen broke", "love it"]
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "int8": 2e-2}
+SAVED = [("eager", "bf16"), ("sdpa", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+
+
+@pytest.fixture(scope="module")
+def small(): return tiny.classifier(layers=1)
+
+
+@pytest.fixture(scope="module")
+def made(small): return functools.cache(lambda name, precision: convert(small, name, precision, TEXTS))  # each takes seconds
+
+
+@pytest.mark.parametrize("name, precision", SAVED)
+def test_it_says_the_same_and_comes_back(small, made, name, precision, tmp_path):
+    before, wanted = fingerprint(small), small.logits(TEXTS)
+    converted = made(name, precision)
+    logits = converted.logits(TEXTS)
+    assert (logits - wanted).abs().max() < TOLERANCE[precision] and fingerprint(small) == before
+    again = load(save(converted, tmp_path / "model"))
+    assert torch.equal(again.logits(TEXTS), logits) and torch.equal(again.logits(TEXTS[:1]), converted.logits(TEXTS[:1]))
+    assert count_macs(again.model) == count_macs(small.model) and again.predict(TEXTS) == converted.predict(TEXTS)
+    assert fingerprint(again) == fingerprint(converted) != before
+    copied = copy.deepcopy(converted)
+    assert torch.equal(copied.logits(TEXTS), logits)
+
+
+def test_a_fresh_process_loads_it(made, tmp_path):
+    converted = made("openvino", "fp32")
+    path = save(converted, tmp_path / "model")
+    code = "import sys; from ecomopt import load; print(*load(sys.argv[1]).logits(sys.argv[2:]).flatten().tolist())"
+    said = subprocess.run([sys.executable, "-c", code, path, *TEXTS], capture_output=True, text=True, check=True).stdout.split()
+    assert np.allclose(np.array(said, float), converted.logits(TEXTS).flatten().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_quantized_embeddings_go_along(name, bits):
+    small = quantize(tiny.classifier(layers=1), embedding_bits=bits, linear=False)
+    assert torch.allclose(convert(small, name, "fp32").logits(TEXTS), small.logits(TEXTS), atol=1e-4)
+
+
+def test_distilbert_goes_too():
+    small = tiny.distilbert()
+    assert torch.allclose(convert(small, "openvino", "fp32").logits(TEXTS), small.logits(TEXTS), atol=1e-5)
+
+
+def test_counts_are_those_of_the_model(small, made):
+    model = made("onnxruntime", "fp32").model
+    assert count_parameters(model) == count_parameters(small.model)
+    for tokens in (1, 5, 32): assert count_macs(model, tokens) == count_macs(small.model, tokens)
+
+
+def test_another_number_of_threads_opens_it_again(made):
+    converted, before = made("openvino", "fp32"), torch.get_num_threads()
+    first = converted.logits(TEXTS)
+    try:
+        torch.set_num_threads(before + 1)
+        assert torch.allclose(converted.logits(TEXTS), first, atol=1e-5) and converted.model.opened[0] == before + 1
+    finally: torch.set_num_threads(before)
+
+
+def test_a_mask_is_optional(small, made):
+    converted, ids = made("openvino", "fp32"), torch.tensor([[2, 5, 6, 3]])
+    assert torch.allclose(converted.model(ids).logits, small.model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [dict(runtime="abacus"), dict(precision="fp64"), dict(runtime="openvino", precision="int8")])
+def test_bad_input(small, wrong):
+    with pytest.raises(EcomoptError): convert(small, **wrong)
+
+
+def test_what_is_converted_or_quantized_is_not_converted(small, made):
+    for done in (made("eager", "fp32"), quantize(small)):
+        with pytest.raises(EcomoptError): convert(done, "sdpa", "fp32")
+    with pytest.raises(EcomoptError): convert(small.model, "sdpa", "fp32")
+    with pytest.raises(EcomoptError): quantize(made("openvino", "fp32"))
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_a_runtime_that_is_not_installed(small, made, monkeypatch, missing, tmp_path):
+    path, real = save(made("openvino", "fp32"), tmp_path / "model"), runtime.version
+    def version(package):
+        if package == missing: raise runtime.PackageNotFoundError(package)
+        return real(package)
+    monkeypatch.setattr(runtime, "version", version)
+    with pytest.raises(EcomoptError, match=f"no {missing}"): convert(small, "openvino", "fp32")
+    if missing == "nncf": assert load(path).predict(TEXTS)  # it was needed to convert
+    else:
+        with pytest.raises(EcomoptError, match="not installed"): load(path)
+    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "openvino"], precisions=["fp32"], equal=0.9, rounds=1)
+    assert "not installed" in choice.table.loc["openvino fp32", "note"] and choice.runtime in ("eager", "sdpa")
+
+
+class Odd(nn.Module):
+    """An operation that no graph can hold: it looks at the numbers."""
+
+    def forward(self, x):
+        return x.flip(-1) if x.sum().item() > 0 else x
+
+
+def test_an_operator_that_a_runtime_lacks(small):
+    odd = copy.deepcopy(small)
+    odd.model.classifier = nn.Sequential(odd.model.classifier, Odd())
+    for name in ("openvino", "onnxruntime"):
+        with pytest.raises(EcomoptError, match=f"{name} cannot run"): convert(odd, name, "fp32")
+    assert convert(odd, "eager", "fp32").predict(TEXTS) == odd.predict(TEXTS)
+
+
+def test_no_wait_without_end(small, monkeypatch):
+    monkeypatch.setattr(runtime, "_make", lambda *arguments: time.sleep(30))
+    start = time.perf_counter()
+    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert(small, "eager", "fp32", seconds=0.2)
+    assert time.perf_counter() - start < 10
+    print("said aloud")  # what silences converters is over
+
+
+def test_altered_files_are_refused(made, tmp_path):
+    path = save(made("onnxruntime", "fp32"), tmp_path / "model")
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(EcomoptError, match="altered"): load(path)
+
+
+def test_the_choice_says_why(small):
+    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "onnxruntime"], precisions=["fp32", "bf16"], equal=0.5, rounds=1)
+    assert choice.table.index[0] == "eager fp32" and f"{choice.runtime} {choice.precision}" in choice.why
+    kept = choice.table.drop("onnxruntime bf16")
+    assert choice.table.loc["onnxruntime bf16", "note"] and (kept["note"] == "").all()
+    assert kept["× sentences/s"].astype(float).idxmax() == f"{choice.runtime} {choice.precision}"
+    assert not isinstance(small.model, GraphRuntime)
+
+
+@pytest.mark.parametrize("wrong", [dict(by="beauty"), dict(equal=1.5), dict(runtimes=["abacus"])])
+def test_best_runtime_refuses(small, wrong):
+    if "runtimes" in wrong: assert "abacus" in best_runtime(small, tiny.task(), precisions=["fp32"], rounds=1, **wrong).table.iloc[1]["note"]
+    else:
+        with pytest.raises(EcomoptError): best_runtime(small, tiny.task(), **wrong)

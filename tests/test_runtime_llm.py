@@ -1,0 +1,82 @@
+"""A language model in another program: the same text, back from disk too; guesses that change nothing; bad input."""
+import time
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecomopt import EcomoptError
+from ecomopt.accelerate import runtime_llm
+from ecomopt.accelerate.runtime_llm import convert_language_model, greedy_look_up, look_up
+from ecomopt.compress.quantize_llm import quantize_language_model
+from ecomopt.core.artifact import load, save
+from ecomopt.core.generate import greedy, losses
+from ecomopt.core.measure import count_parameters
+
+TEXTS = ["the battery is great", "bad phone works very good not bad not bad not"]
+
+
+@pytest.fixture(scope="module")
+def lm(): return tiny.language_model()
+
+
+@pytest.fixture(scope="module")
+def converted(lm): return {bits: convert_language_model(lm, bits) for bits in (32, 8, 4)}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 8))
+@settings(deadline=None)
+def test_a_guess_is_what_stood_there(tokens, n, k):
+    guess, text = look_up(tokens, n, k), " ".join(map(str, tokens))
+    assert len(guess) <= k and (not guess or " ".join(map(str, [tokens[-1], *guess])) in text)
+    assert bool(guess) == (tokens[-1] in tokens[:-1])
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 8])
+@pytest.mark.parametrize("text", TEXTS)
+def test_guesses_change_nothing(lm, text, k):
+    ids = lm.encode([text])[0]
+    whole = greedy(lm.model, [ids], 40)[0]
+    written, calls = greedy_look_up(lm.model, ids, 40, k=k)
+    assert written == whole and calls <= 40 and (k or calls == 40)
+    stop = {whole[12]}
+    assert greedy_look_up(lm.model, ids, 40, stop, k=k)[0] == greedy(lm.model, [ids], 40, stop)[0]
+
+
+def test_it_writes_the_same(lm, converted):
+    ids = lm.encode(TEXTS)
+    assert greedy(converted[32].model, ids, 12) == greedy(lm.model, ids, 12)
+    assert abs(losses(converted[32], TEXTS) - losses(lm, TEXTS)).max() < 1e-2
+    assert count_parameters(converted[4].model) == count_parameters(lm.model)
+
+
+@pytest.mark.parametrize("bits, tolerance", [(8, 0.1), (4, 0.1)])
+def test_few_bits_are_those_of_torch(lm, converted, bits, tolerance):
+    ids = torch.tensor(lm.encode(TEXTS[:1]))
+    with torch.inference_mode(): wanted, said = quantize_language_model(lm, bits).model(ids).logits, converted[bits].model(ids).logits
+    assert (said - wanted).norm() < tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_it_comes_back(lm, converted, bits, tmp_path):
+    again, ids = load(save(converted[bits], tmp_path / "model")), lm.encode(TEXTS)
+    assert greedy(again.model, ids, 8) == greedy(converted[bits].model, ids, 8)
+    assert again.generate(TEXTS, 4) == converted[bits].generate(TEXTS, 4)
+
+
+def test_one_text_at_a_time(lm, converted):
+    ids = torch.tensor(lm.encode(TEXTS[:1]))
+    first = converted[32].model(ids)
+    second = converted[32].model(ids[:, :1], past_key_values=first.past_key_values)
+    assert second.past_key_values.length == ids.shape[1] + 1
+    for old in (first.past_key_values,):
+        with pytest.raises(EcomoptError, match="forgotten"): converted[32].model(ids, past_key_values=old)
+
+
+def test_bad_input(lm, converted, monkeypatch):
+    for wrong in (dict(lm=lm.model), dict(lm=lm, bits=3), dict(lm=quantize_language_model(lm, 8)), dict(lm=converted[32])):
+        with pytest.raises(EcomoptError): convert_language_model(**wrong)
+    monkeypatch.setattr(runtime_llm, "_make", lambda *arguments: time.sleep(30))
+    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, seconds=0.2)
