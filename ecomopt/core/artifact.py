@@ -54,13 +54,16 @@ def _specs(model: nn.Module) -> dict[str, dict]:
             for name, m in model.named_modules() if hasattr(m, "spec")}
 
 
-def _rebuild(model: nn.Module, specs: dict[str, dict]) -> None:
-    "Put the special modules of an artifact in their places, still without their numbers."
+def _rebuild(model: nn.Module, specs: dict[str, dict]) -> nn.Module:
+    "Put the special modules of an artifact in their places, or one in the place of all, still without their numbers."
     for name, entry in specs.items():
         module_name, _, class_name = entry["class"].rpartition(".")
         if module_name.split(".")[0] != "ecomopt": raise ValueError(f"module class {entry['class']!r} is not one of ecomopt")
         cls = getattr(importlib.import_module(module_name), class_name)
-        model.set_submodule(name, cls.rebuild(model.get_submodule(name), **entry["spec"]))
+        new = cls.rebuild(model.get_submodule(name), **entry["spec"])
+        if name: model.set_submodule(name, new)
+        else: model = new
+    return model
 
 # %% ../../nbs/core/13_artifact.ipynb #b1c94e07
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -157,7 +160,7 @@ def load(
     try:
         home, auto = _KINDS[kind := about.get("kind", "Classifier")]
         with init_empty_weights(): model = auto.from_config(AutoConfig.from_pretrained(path))
-        _rebuild(model, about["modules"])
+        model = _rebuild(model, about["modules"])
         _fill(model, load_file(path / "model.safetensors"), about.get("same", {}))
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:

@@ -108,7 +108,8 @@ def count_macs(
     model: torch.nn.Module,           # takes input_ids and attention_mask
     tokens: int = MACS_TOKENS,  # length of the sentence
 ) -> int:                       # multiply-adds in all matrix products, attention included
-    "Count the multiply-adds of one sentence by running it."
+    "Count the multiply-adds of one sentence by running it; a model that knows its own is asked."
+    if hasattr(model, "count_macs"): return model.count_macs(tokens)
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
     operations = torch.ops.quantized.linear_dynamic, torch.ops.onednn.qlinear_pointwise, torch.ops.aten._int_mm
     known = {operation: _int8_flops for operation in operations}
@@ -120,7 +121,8 @@ def count_macs(
 def count_parameters(
     model: torch.nn.Module,  # any module; quantized linear layers included
 ) -> int:              # shared ones once; of quantized layers the weights alone
-    "Count a model's weights, also those that quantized layers keep in another form."
+    "Count a model's weights, also those that quantized layers keep in another form; a model that knows its own is asked."
+    if hasattr(model, "count_parameters"): return model.count_parameters()
     shapes = ("in_features", "out_features"), ("num_embeddings", "embedding_dim")
     packed = [module for module in model.modules() if not isinstance(getattr(module, "weight", None), torch.nn.Parameter)]
     return sum(p.numel() for p in model.parameters()) + sum(
