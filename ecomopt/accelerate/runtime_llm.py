@@ -8,19 +8,19 @@ __all__ = ['look_up', 'greedy_look_up', 'Written', 'LanguageRuntime', 'convert_l
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #8a5ebc72
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import EcomoptError
-from .runtime import RUNTIMES, quietly, require, within
+from .runtime import Files, open_openvino, quietly, require, within
 from ..compress.quantize import quantize_rows
 from ..compress.quantize_llm import quantize_groups
 from ..core.artifact import Rebuildable
@@ -164,56 +164,32 @@ class Written:
     text: int    # number of the text, counted from 1
     length: int  # tokens
 
-
-def _call(self, input_ids: torch.Tensor, past_key_values: Written | None = None, attention_mask: torch.Tensor | None = None,
-          logits_to_keep: int = 0, **others) -> CausalLMOutputWithPast:
-    "Token ids [B, L] after what was written before → logits [B, logits_to_keep, V], or of all L tokens."
-    if torch.get_num_threads() not in self.opened[:1]: self.opened, self.text = (torch.get_num_threads(), self._open()), self.text + 1
-    request, (B, L), before = self.opened[1], input_ids.shape, past_key_values.length if past_key_values else 0
-    if past_key_values is None:
-        request.reset_state()
-        self.text += 1
-    elif past_key_values != Written(self.text, self.length):
-        raise EcomoptError("Another text was begun since, and this one is forgotten.", "past_key_values", "Write one text, or one batch of texts, at a time.")
-    mask, self.length = torch.ones(B, before + L, dtype=torch.long) if attention_mask is None else attention_mask, before + L
-    inputs = dict(input_ids=input_ids.numpy(), attention_mask=mask.numpy(), beam_idx=np.arange(B, dtype=np.int32), keep=np.arange(L)[-logits_to_keep:])
-    logits = torch.from_numpy(request.infer(inputs)["logits"].copy())
-    return CausalLMOutputWithPast(logits=logits, past_key_values=Written(self.text, self.length))
-
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2a69a1f4
-def _open(self):
-    "Compile for this processor; sums and memory in float32."
-    import openvino
-    core, files = openvino.Core(), {suffix: getattr(self, suffix).numpy() for suffix in self.files}
-    graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    return core.compile_model(graph, "CPU", settings).create_infer_request()
+class LanguageRuntime(Files):
+    "A language model as OpenVINO's files; it remembers one text, or one batch of texts, and writes it on."
+    settings, text, length = ("sizes", "runtime", "bits", "weights"), 0, 0  # number of the text, and its tokens so far
 
+    def open(self) -> Callable:
+        "Compile for this processor; sums and memory in float32. What was written before is lost."
+        import openvino
+        self.length = -1
+        return open_openvino(self.files(), torch.get_num_threads())
 
-def _parameters(self) -> int: return self.weights
+    def forward(self, input_ids: torch.Tensor, past_key_values: Written | None = None, attention_mask: torch.Tensor | None = None,
+                logits_to_keep: int = 0, **others) -> CausalLMOutputWithPast:
+        "Token ids [B, L] after what was written before → logits [B, logits_to_keep, V], or of all L tokens."
+        request, (B, L), before = self.answering(), input_ids.shape, past_key_values.length if past_key_values else 0
+        if past_key_values is None: self.text, _ = self.text + 1, request.reset_state()
+        elif past_key_values != Written(self.text, self.length):
+            raise EcomoptError("Another text was begun since, and this one is forgotten.", "past_key_values", "Write one text, or one batch of texts, at a time.")
+        mask, self.length = torch.ones(B, before + L, dtype=torch.long) if attention_mask is None else attention_mask, before + L
+        inputs = dict(input_ids=input_ids.numpy(), attention_mask=mask.numpy(), beam_idx=np.arange(B, dtype=np.int32), keep=np.arange(L)[-logits_to_keep:])
+        logits = torch.from_numpy(request.infer(inputs)["logits"].copy())
+        return CausalLMOutputWithPast(logits=logits, past_key_values=Written(self.text, self.length))
 
-
-def _rebuild(cls, old: nn.Module, **spec) -> "LanguageRuntime": return cls(old.config, **spec)
-
-# %% ../../nbs/accelerate/35_runtime_llm.ipynb #a03088dc
-class LanguageRuntime(Rebuildable):
-    "A language model as OpenVINO's files, kept as bytes among the artifact's tensors; it writes one batch of texts at a time."
-    settings = "bits", "files", "weights"
-    opened, device, text, length = (), torch.device("cpu"), 0, 0  # opened: number of threads, and what answers
-    forward, count_parameters, rebuild, _open = _call, _parameters, classmethod(_rebuild), _open
-
-    def __init__(self,
-        config: PreTrainedConfig,  # of the model that was converted
-        bits: int,                 # of a weight: 32, 8 or 4
-        files: dict[str, int],     # bytes of each file, by its suffix
-        weights: int,              # how many the model has
-    ):
-        super().__init__()
-        require(RUNTIMES["openvino"][:1], "openvino")
-        self.config, self.bits, self.files, self.weights = config, bits, files, weights
-        for suffix, size in files.items(): self.register_buffer(suffix, torch.empty(size, dtype=torch.uint8))
-
-    def __getstate__(self) -> dict: return {**self.__dict__, "opened": ()}
+    def count_parameters(self) -> int:
+        "Of the model that was converted."
+        return self.weights
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #31744dff
 def _make(lm: LanguageModel, bits: int) -> LanguageModel:
@@ -222,12 +198,9 @@ def _make(lm: LanguageModel, bits: int) -> LanguageModel:
     graph = _with_memory(_with_fewer_bits(_graph(lm.model), bits) if bits < 32 else _graph(lm.model))
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(graph, Path(folder) / "graph.xml", compress_to_fp16=False)
-        files = {file.suffix[1:]: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in sorted(Path(folder).iterdir())}
-    model = LanguageRuntime(lm.model.config, bits, {suffix: len(data) for suffix, data in files.items()}, count_parameters(lm.model))
-    model.load_state_dict(files, assign=True)
-    converted = replace(lm, model=model.eval())
+        model = LanguageRuntime.read(Path(folder), lm.model.config, runtime="openvino", bits=bits, weights=count_parameters(lm.model))
     greedy(model, [[1], [1, 2]], 2)
-    return converted
+    return replace(lm, model=model)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2604544f
 def convert_language_model(
