@@ -106,12 +106,12 @@ def _write_openvino(model: PreTrainedModel, precision: str, examples: list[dict]
         graph = nncf.quantize(graph, nncf.Dataset(examples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(examples))
     openvino.save_model(graph, folder / "graph.xml", compress_to_fp16=precision != "fp32")
 
-
+# %% ../../nbs/accelerate/34_runtime.ipynb #34ab00c1
 def open_openvino(
     files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
     threads: int,                  # to work with
     precision: str = "fp32",       # of what is not in fewer bits already: "fp32" or "bf16"
-):                                 # an `openvino.InferRequest`
+) -> "openvino.InferRequest":      # keeps its state from call to call
     "Compile for this processor."
     import openvino
     core = openvino.Core()
@@ -164,20 +164,17 @@ class Converted(Rebuildable):
 # %% ../../nbs/accelerate/34_runtime.ipynb #53670e47
 class Files(Converted):
     "A model as the files of a runtime, kept as bytes among the artifact's tensors."
+    rebuild = classmethod(lambda cls, old, **spec: cls(old.config, **spec))
 
     def __init__(self,
         config: PreTrainedConfig,  # of the model that was converted
         sizes: dict[str, int],     # bytes of each file, by its suffix
-        runtime: str,              # that reads them
-        **others,                  # what else is in `settings`
+        **others,                  # what else is in `settings`, `runtime` among it
     ):
         super().__init__()
-        require(RUNTIMES[runtime][:1], runtime)
-        self.config, self.sizes, self.runtime = config, sizes, runtime
-        vars(self).update(others)
+        vars(self).update(config=config, sizes=sizes, **others)
+        require(RUNTIMES[self.runtime][:1], self.runtime)
         for suffix, size in sizes.items(): self.register_buffer(suffix, torch.empty(size, dtype=torch.uint8))
-
-    rebuild = classmethod(lambda cls, old, **spec: cls(old.config, **spec))
 
     @classmethod
     def read(cls, folder: Path, config: PreTrainedConfig, **spec) -> "Files":
