@@ -143,6 +143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._check': ( 'accelerate/runtime.html#_check',
                                                                                    'ecomopt/accelerate/runtime.py'),
+                                            'ecomopt.accelerate.runtime._drop_slow': ( 'accelerate/runtime.html#_drop_slow',
+                                                                                       'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._examples': ( 'accelerate/runtime.html#_examples',
                                                                                       'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._graph': ( 'accelerate/runtime.html#_graph',

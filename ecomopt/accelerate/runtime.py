@@ -37,7 +37,7 @@ from ..compress.quantize import Int8Linear, QuantizedEmbedding, quantize
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.measure import count_macs, count_parameters, take_turns
-from ..core.train import Classifier
+from ..core.train import Classifier, has_bf16
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #7666f8df
 RUNTIMES = {"eager": (), "sdpa": (), "compile": (),  # the packages that it needs: the first one to run, all of them to convert
@@ -312,6 +312,8 @@ def _check(classifier: Classifier, runtime: str, precision: str, calibrate: Task
     for name, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)):
         if value not in known: raise EcomoptError(f"There is no {name} {value!r}.", f"argument {name}", f"Give one of {', '.join(known)}.")
     require(RUNTIMES[runtime], runtime)
+    if precision == "bf16" and not has_bf16():
+        raise EcomoptError("This processor does not compute in bfloat16.", "argument precision", "Choose fp32 or int8; in bf16 it would only imitate, slowly.")
     if not isinstance(classifier, Classifier):
         raise EcomoptError(f"{type(classifier).__name__} is no classifier.", "argument classifier", "Pass what finetune, distill or load gives.")
     if isinstance(classifier.model, Converted): classifier.model.get_input_embeddings()
@@ -358,6 +360,13 @@ def _all_variants(classifier: Classifier, task: Task, runtimes: Sequence[str], p
     return made, failed
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #c398a112
+def _drop_slow(made: dict, failed: dict, texts: list[str], first: str) -> None:
+    "Measure no further what takes more than twice as long as the first in a first round: it could go on for hours."
+    rates = take_turns(made, texts, 1, 1, 32, 0)[0]["sentences/s"].loc[0]
+    for name, ratio in (rates / rates[first]).items():
+        if ratio < 0.5: failed[name], _ = f"{ratio:.2f} × {first} in a first round, not measured further", made.pop(name)
+
+
 def _row(name: str, first: str, said: dict[str, np.ndarray], rounds: pd.DataFrame) -> dict:
     "One variant beside the first."
     rates, ms = rounds["sentences/s"], rounds["p50 ms"]
@@ -381,6 +390,7 @@ def best_runtime(
     if by not in ("sentences/s", "p50 ms"): raise EcomoptError(f"by is {by!r}.", "argument by", "Give 'sentences/s' or 'p50 ms'.")
     if not (0 <= equal <= 1 and len(task.valid)): raise EcomoptError(f"equal={equal!r}, {len(task.valid)} texts.", "best_runtime", "Give a share, and a task with a valid split.")
     texts, (made, failed) = list(task.valid["text"]), _all_variants(classifier, task, runtimes, precisions, seconds)
+    _drop_slow(made, failed, texts[:64], "eager fp32")
     said = {name: c.logits(texts).argmax(1).numpy() for name, c in made.items()}
     turns, _ = take_turns(made, texts, rounds, 20, 32, 0)
     table = pd.DataFrame({name: _row(name, "eager fp32", said, turns) for name in made} | {name: {"note": what} for name, what in failed.items()}).T
