@@ -26,6 +26,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -207,7 +208,7 @@ class TorchRuntime(Converted):
         self.model.set_attn_implementation("eager" if self.runtime == "eager" else "sdpa")
         return torch.compile(_Logits(self.model), dynamic=True) if self.runtime == "compile" else _Logits(self.model)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others) -> SequenceClassifierOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others) -> SequenceClassifierOutput:
         "Token ids and mask [B, L] → logits [B, C]."
         return SequenceClassifierOutput(logits=self.answering()(input_ids, attention_mask))
 
@@ -224,9 +225,10 @@ class GraphRuntime(Files):
         "Let the runtime compile its files for this processor."
         return _GRAPHS[self.runtime][1](self.files(), self.precision, torch.get_num_threads())
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others) -> SequenceClassifierOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others) -> SequenceClassifierOutput:
         "Token ids and mask [B, L] → logits [B, C]."
-        logits = self.answering()({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = self.answering()({"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})
         return SequenceClassifierOutput(logits=torch.from_numpy(logits))
 
     def count_macs(self, tokens: int) -> int:
@@ -370,8 +372,9 @@ def _drop_slow(made: dict, failed: dict, texts: list[str], first: str) -> None:
 def _row(name: str, first: str, said: dict[str, np.ndarray], rounds: pd.DataFrame) -> dict:
     "One variant beside the first."
     rates, ms = rounds["sentences/s"], rounds["p50 ms"]
-    ratio = rates[name] / rates[first]
-    return {"equal labels %": 100 * np.mean(said[name] == said[first]), "sentences/s": rates[name].median(), "× sentences/s": ratio.median(),
+    ratio, equal = rates[name] / rates[first], said[name] == said[first]
+    interval = binomtest(int(equal.sum()), len(equal)).proportion_ci(method="wilson")
+    return {"equal labels %": 100 * equal.mean(), "95 %": f"{100 * interval.low:.1f} to {100 * interval.high:.1f}", "sentences/s": rates[name].median(), "× sentences/s": ratio.median(),
             "its middle half": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])), "p50 ms": ms[name].median(),
             "× p50": (ms[first] / ms[name]).median(), "note": ""}
 
@@ -397,6 +400,6 @@ def best_runtime(
     kept = table[table["equal labels %"].astype(float) >= 100 * equal]
     name = (kept["× sentences/s"] if by == "sentences/s" else kept["× p50"]).astype(float).idxmax()
     why = (f"{name}: {table.loc[name, '× sentences/s']:.2f} × the sentences a second of eager fp32 ({table.loc[name, 'its middle half']}), "
-           f"{table.loc[name, '× p50']:.2f} × as fast for one, {table.loc[name, 'equal labels %']:.1f} % equal labels of {len(texts)}; "
+           f"{table.loc[name, '× p50']:.2f} × as fast for one, {table.loc[name, 'equal labels %']:.1f} % equal labels of {len(texts)} texts (95 % interval: {table.loc[name, '95 %']}); "
            f"the fastest by {by} of {len(kept)} variants that keep {100 * equal:g} %, out of {len(table)}.")
     return Choice(made[name], *name.split(), why, table)
