@@ -286,7 +286,8 @@ def quietly() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), patch.dict(os.environ, CI="true"):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
+                patch.dict(os.environ, CI="true"), patch("rich.console._is_jupyter", return_value=False):
             warnings.simplefilter("ignore")
             yield
     finally: logging.disable(before)
@@ -396,7 +397,7 @@ def best_runtime(
     _drop_slow(made, failed, texts[:64], "eager fp32")
     said = {name: c.logits(texts).argmax(1).numpy() for name, c in made.items()}
     turns, _ = take_turns(made, texts, rounds, 20, 32, 0)
-    table = pd.DataFrame({name: _row(name, "eager fp32", said, turns) for name in made} | {name: {"note": what} for name, what in failed.items()}).T
+    table = pd.DataFrame({name: _row(name, "eager fp32", said, turns) for name in made} | {name: {"note": what} for name, what in failed.items()}).T.infer_objects()
     kept = table[table["equal labels %"].astype(float) >= 100 * equal]
     name = (kept["× sentences/s"] if by == "sentences/s" else kept["× p50"]).astype(float).idxmax()
     why = (f"{name}: {table.loc[name, '× sentences/s']:.2f} × the sentences a second of eager fp32 ({table.loc[name, 'its middle half']}), "
