@@ -181,8 +181,8 @@ def test_what_is_far_too_slow_is_not_measured(small, monkeypatch):
 def test_the_choice_says_why(small):
     choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "onnxruntime"], precisions=["fp32", "bf16"], equal=0.5, rounds=1)
     assert choice.table.index[0] == "eager fp32" and f"{choice.runtime} {choice.precision}" in choice.why
-    kept = choice.table.drop("onnxruntime bf16")
-    assert choice.table.loc["onnxruntime bf16", "note"] and (kept["note"] == "").all()
+    kept = choice.table[choice.table["note"] == ""]
+    assert choice.table.loc["onnxruntime bf16", "note"] and {"eager fp32", "sdpa fp32", "onnxruntime fp32"} <= set(kept.index)
     assert kept["× sentences/s"].astype(float).idxmax() == f"{choice.runtime} {choice.precision}"
     assert not isinstance(small.model, GraphRuntime)
 
