@@ -171,7 +171,6 @@ class LanguageRuntime(Files):
 
     def open(self) -> Callable:
         "Compile for this processor; sums and memory in float32. What was written before is lost."
-        import openvino
         self.length = -1
         return open_openvino(self.files(), torch.get_num_threads())
 
