@@ -1,4 +1,7 @@
 """Mixed precision: what is refused, what is rounded, and a training that float16 does not spoil."""
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -8,62 +11,118 @@ from torch.nn import functional as F
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import precision
-from ecomopt.accelerate.precision import Imitated, check_precision, fit, has_float16, precision_arguments
+from ecomopt.accelerate.precision import Imitated, check_precision, fit, has_precision, precision_arguments
+
+LOW = [torch.float16, torch.bfloat16]
 
 
-@given(st.floats(-60000, 60000, width=32), st.sampled_from([torch.float16, torch.bfloat16]))
+@given(st.floats(-60000, 60000, width=32), st.sampled_from(LOW))
 def test_rounding_is_torchs_both_ways(value, dtype):
     x = torch.tensor([[value]], requires_grad=True)
-    one = torch.ones(1, 1)
-    with Imitated(dtype): y = F.linear(x, one)
+    with Imitated(dtype): y = F.linear(x, torch.ones(1, 1))
     assert torch.equal(y, x.detach().to(dtype).float())
     y.backward(torch.tensor([[1e-9]]))
     assert torch.equal(x.grad, torch.tensor([[1e-9]]).to(dtype).float())
 
 
-def test_only_products_are_rounded():
-    x = torch.tensor([1e-9, 1.0])
-    with Imitated(torch.float16):
-        assert torch.equal(x + x, 2 * x) and torch.equal(x.exp(), torch.exp(x))
-        assert (x[None] @ torch.eye(2)).flatten().tolist() == [0.0, 1.0]
+PRODUCTS = {"linear": F.linear, "matmul": torch.matmul, "@": lambda a, b: a @ b, "bmm": lambda a, b: torch.bmm(a[None], b[None])[0],
+            "attention": lambda a, b: F.scaled_dot_product_attention(a[None], b[None], b[None])[0]}
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_a_precision_is_asked_of_the_device(monkeypatch, has):
-    monkeypatch.setattr(precision, "has_float16", lambda device="cpu": has)
-    monkeypatch.setattr(precision, "has_bf16", lambda: has)
-    check_precision("float32")
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_takes_and_gives_16_bits(name, dtype):
+    a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with Imitated(dtype): y = PRODUCTS[name](a, b)
+    rounded = PRODUCTS[name](a.to(dtype).float(), b.to(dtype).float())
+    assert torch.equal(y, rounded.to(dtype).float()) and not torch.equal(y, PRODUCTS[name](a, b))
+
+
+@pytest.mark.parametrize("call", [torch.exp, torch.sum, lambda x: x + x, lambda x: x * x, lambda x: x.softmax(0), lambda x: F.layer_norm(x, x.shape)])
+def test_all_else_is_left_alone(call):
+    x = torch.tensor([1e-9, 1.0001, 300.0])
+    with Imitated(torch.float16): inside = call(x)
+    assert torch.equal(inside, call(x))
+
+
+@pytest.mark.parametrize("flags, has", [("fma amx_bf16", "bfloat16"), ("fma avx512_fp16", "float16"), ("asimd asimdhp", "float16"), ("fma avx512_bf16_but_other f16c", None), ("", None)])
+def test_a_processor_is_asked(monkeypatch, flags, has):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: f"model name\t: Some\nflags\t\t: {flags}\n")
     for name in ("float16", "bfloat16"):
-        if has: check_precision(name)
+        assert has_precision(name) is (name == has)
+        if name == has: check_precision(name)
         else:
             with pytest.raises(EcomoptError, match=name): check_precision(name)
-    if has: assert precision_arguments("bfloat16", "cpu") == {"bf16": True, "fp16": False}
-    with pytest.raises(EcomoptError): precision_arguments("float16", "cpu")  # no `Trainer` does
-    assert isinstance(has_float16(), bool)
+            check_precision(name, imitate=True)
+            with pytest.raises(EcomoptError, match=name): fit(tiny.classifier(layers=1), tiny.task(), name)
+    assert has_precision("float32")
 
 
-@pytest.mark.parametrize("wrong", [dict(precision="float8"), dict(epochs=0), dict(learning_rate=-1.0), dict(factor=0.0), dict(max_norm=0.0)])
-def test_bad_input(wrong):
-    with pytest.raises(EcomoptError): fit(tiny.classifier(layers=1), tiny.task(), **wrong)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_an_accelerator_is_asked(monkeypatch, bf16):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert has_precision("float32", "cuda") and has_precision("float16", "cuda:0") and has_precision("bfloat16", "cuda") is bf16
+    assert not has_precision("float16", "mps")
+    assert precision_arguments("float16") == {"bf16": False, "fp16": True}
+    if bf16: assert precision_arguments("bfloat16") == {"bf16": True, "fp16": False}
+    else:
+        with pytest.raises(EcomoptError, match="bfloat16"): precision_arguments("bfloat16")
+
+
+@pytest.mark.parametrize("name", precision.PRECISIONS)
+@pytest.mark.parametrize("device", ["cuda", "gpu", ""])
+def test_a_device_that_is_not_there(monkeypatch, name, device):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert not has_precision(name, device)
+    with pytest.raises(EcomoptError, match=name): check_precision(name, device)
+
+
+def test_no_trainer_takes_float16_on_a_processor(monkeypatch):
+    monkeypatch.setattr(precision, "has_precision", lambda precision, device: True)
+    with pytest.raises(EcomoptError, match="float16"): precision_arguments("float16", "cpu")
+    assert precision_arguments("bfloat16", "cpu") == {"bf16": True, "fp16": False}
+
+
+WRONG = [*({"precision": name} for name in ("float8", "", None, torch.float16)), {"precision": "float8", "imitate": True},
+         *({name: value} for name in ("epochs", "learning_rate", "batch_size", "factor", "max_norm") for value in (0, -1, float("nan"), float("inf"))), {"epochs": 1.5}, {"batch_size": 2.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_bad_settings(wrong):
+    with pytest.raises(EcomoptError, match=next(iter(wrong))): fit(tiny.classifier(layers=1), tiny.task(), **wrong)
+
+
+def test_a_task_that_does_not_fit():
+    task = tiny.task()
+    with pytest.raises(EcomoptError, match="no sentence"): fit(tiny.classifier(layers=1), replace(task, train=task.train.select([])))
+    with pytest.raises(EcomoptError, match="labels"): fit(tiny.classifier(layers=1, labels=("a", "b", "c")), task)
 
 
 def trained(**settings):
     start = tiny.classifier(layers=1)
     before = [p.clone() for p in start.model.parameters()]
-    model, steps = fit(start, tiny.task(), epochs=12, batch_size=10, learning_rate=3e-3, imitate=True, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(before, start.model.parameters()))
+    model, steps = fit(start, tiny.task(), **{"epochs": 12, "batch_size": 10, "learning_rate": 3e-3, "imitate": True, **settings})
+    assert all(torch.equal(a, b) for a, b in zip(before, start.model.parameters()))  # the start is left as it was
     assert all(p.dtype == torch.float32 for p in model.model.parameters())
     return model, steps
+
+
+def weights(classifier): return torch.cat([p.detach().flatten() for p in classifier.model.parameters()])
 
 
 @pytest.mark.parametrize("settings", [dict(precision="float32"), dict(precision="bfloat16"), dict(precision="float16"), dict(precision="float16", factor=2.0**-20)])
 def test_it_learns(settings):
     model, steps = trained(**settings)
-    assert steps["loss"].iloc[-6:].mean() < 0.3 * steps["loss"].iloc[0]
+    assert steps["loss"].iloc[-6:].mean() < 0.3 * steps["loss"].iloc[0] and not steps["skipped"].any()
+    test = tiny.task().test
+    assert (model.logits(test["text"][:]).argmax(1) == torch.tensor(test["label"][:])).float().mean() > 0.9
 
 
 def test_float16_without_a_scale_does_not():
-    model, steps = trained(precision="float16", factor=2.0**-30, scaled=False)
+    _, steps = trained(precision="float16", factor=2.0**-30, scaled=False)
     assert abs(steps["loss"].iloc[-6:].mean() - steps["loss"].iloc[:6].mean()) < 0.1 and (steps["gradient"] < 0.05).all()
 
 
@@ -74,9 +133,22 @@ def test_overflow_skips_and_halves():
     assert (steps["scale"].to_numpy()[1:][skipped[:-1]] == steps["scale"].to_numpy()[:-1][skipped[:-1]] / 2).all()
 
 
+def test_a_skipped_step_changes_nothing():
+    model, steps = trained(precision="float16", factor=2.0**40, epochs=1)
+    assert steps["skipped"].all() and torch.equal(weights(model), weights(tiny.classifier(layers=1)))
+
+
+def test_autocast_is_used_where_nothing_is_imitated(monkeypatch):
+    monkeypatch.setattr(precision, "has_precision", lambda precision, device: True)
+    (real, _), (imitated, _), (exact, _) = (trained(precision=name, imitate=imitate, epochs=1) for name, imitate in (("bfloat16", False), ("bfloat16", True), ("float32", False)))
+    way = weights(exact) - weights(tiny.classifier(layers=1))
+    assert not torch.equal(weights(real), weights(imitated))  # the lists differ in small operations
+    for model in (real, imitated): assert 1e-4 < (weights(model) - weights(exact)).norm() / way.norm() < 0.5
+
+
 def test_the_same_seed_is_the_same_training():
-    (a, first), (b, second) = trained(precision="float16"), trained(precision="float16")
-    assert first.equals(second) and all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+    (a, first), (b, second), (_, third) = (trained(precision="float16", seed=seed) for seed in (0, 0, 1))
+    assert first.equals(second) and torch.equal(weights(a), weights(b)) and not first.equals(third)
 
 
 def test_a_factor_changes_nothing_in_float32():
@@ -86,5 +158,7 @@ def test_a_factor_changes_nothing_in_float32():
 
 def test_clipping_sees_the_gradient_without_the_scale():
     start, task = tiny.classifier(layers=1), tiny.task()
-    runs = [fit(start, task, max_norm=1e-3, scaled=scaled)[1]["loss"] for scaled in (True, False)]
-    assert torch.allclose(*(torch.tensor(run) for run in runs), rtol=1e-4)
+    runs = [fit(start, task, max_norm=1e-9, scaled=scaled) for scaled in (True, False)]  # so short that AdamW's epsilon counts
+    free, _ = fit(start, task)
+    moved = [(weights(model) - weights(start)).norm() for model in (*(model for model, _ in runs), free)]
+    assert torch.allclose(moved[0], moved[1], rtol=1e-2) and moved[0] < 0.5 * moved[2]
