@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
+from sklearn.model_selection import cross_val_score
 from skopt.acquisition import gaussian_ei
 
 from ecomopt import EcomoptError
@@ -131,3 +132,8 @@ def test_is_an_estimator_and_repeats_itself():
     process = GaussianProcess("rbf", random_state=3)
     assert clone(process).get_params() == process.get_params()
     assert np.array_equal(process.fit(X, y).predict(X), clone(process).fit(X, y).predict(X))
+
+
+def test_scores_by_name():
+    X, y = points(5, 40)
+    assert (cross_val_score(GaussianProcess(), X, y, cv=2, scoring="neg_mean_squared_error", error_score="raise") > -0.1).all()

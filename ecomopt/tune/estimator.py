@@ -7,6 +7,7 @@ __all__ = ['SPACE', 'TextInputError', 'TransformerClassifier']
 
 # %% ../../nbs/tune/43_estimator.ipynb #570eb7ce
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,27 @@ def _task(X: Sequence[str], y: Sequence) -> tuple[np.ndarray, Task]:
     return classes, Task("scikit-learn", tuple(map(str, classes)), rows, rows.select([]), rows.select([]), rows.select([]))
 
 # %% ../../nbs/tune/43_estimator.ipynb #b2ad115e
-class TransformerClassifier(ClassifierMixin, BaseEstimator):
+class _TextClassifier(ClassifierMixin, BaseEstimator):
+    "What follows once there are `classes_` and a `classifier_`."
+
+    def predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X), C], rows sum to 1
+        "Probability of each class, in the order of `classes_`."
+        check_is_fitted(self)
+        return self.classifier_.logits(_texts(X)).double().softmax(-1).numpy()
+
+    def predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
+        "The most likely class of each text."
+        probability = self.predict_proba(X)
+        return self.classes_[probability.argmax(1)]
+
+    def __sklearn_tags__(self):
+        "What scikit-learn should know: texts, and nothing but texts."
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array, tags.input_tags.one_d_array = True, False, True
+        return tags
+
+# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
+class TransformerClassifier(_TextClassifier):
     "A text classifier for scikit-learn: `finetune` with the settings of the constructor."
 
     def __init__(self,
@@ -71,30 +92,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
     def fit(self, X: Sequence[str], y: Sequence) -> "TransformerClassifier":  # X: texts; y: a label for each, of any kind
         "Fine-tune the model; the result is `classifier_`, which `ecomopt.save` takes."
         self.classes_, task = _task(X, y)
-        seed = self.random_state if isinstance(self.random_state, int) else check_random_state(self.random_state).randint(2**31)
+        seed = self.random_state if isinstance(self.random_state, Integral) else check_random_state(self.random_state).randint(2**31)
         self.classifier_ = finetune(self.model, task, epochs=self.epochs, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
-            batch_size=self.batch_size, max_length=self.max_length, seed=seed, keep=self.keep)
+            batch_size=self.batch_size, max_length=self.max_length, seed=int(seed), keep=self.keep)
         return self
-
-# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
-def _predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X), C], rows sum to 1
-    "Probability of each class, in the order of `classes_`."
-    check_is_fitted(self)
-    return self.classifier_.logits(_texts(X)).double().softmax(-1).numpy()
-
-
-def _predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
-    "The most likely class of each text."
-    probability = self.predict_proba(X)
-    return self.classes_[probability.argmax(1)]
-
-
-def _tags(self):
-    "What scikit-learn should know: texts, and nothing but texts."
-    tags = super(TransformerClassifier, self).__sklearn_tags__()
-    tags.input_tags.string, tags.input_tags.two_d_array, tags.input_tags.one_d_array = True, False, True
-    return tags
-
-
-TransformerClassifier.predict_proba, TransformerClassifier.predict = _predict_proba, _predict
-TransformerClassifier.__sklearn_tags__ = _tags
