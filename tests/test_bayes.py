@@ -161,7 +161,12 @@ def ray():
     """Ray on this machine, for the time of the tests."""
     import ray
     from ray.util.joblib import register_ray
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    for left in (2, 1, 0):  # it gives its own agent 15 seconds to start, which may be too few where all cores are busy
+        try: ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        except Exception:
+            ray.shutdown()
+            if not left: raise
+        else: break
     register_ray()
     yield
     ray.shutdown()
