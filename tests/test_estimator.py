@@ -10,7 +10,7 @@ import pytest
 import tiny
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.model_selection import GridSearchCV, PredefinedSplit, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator
@@ -121,7 +121,7 @@ def test_labels_come_back_as_they_went(model, labels):
 
 
 def test_same_seed_same_model(model):
-    one, other, third = (make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS) for seed in (0, 0, 1))
+    one, other, third = (make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS) for seed in (0, np.int64(0), 1))
     assert np.array_equal(one, other) and not np.allclose(one, third)
     make(model, random_state=None).fit(TEXTS, LABELS)
 
@@ -180,6 +180,11 @@ def test_grid_search_in_a_pipeline(model):
     pipeline = Pipeline([("clean", FunctionTransformer(func=strip)), ("model", make(model))])
     found = GridSearchCV(pipeline, {"model__learning_rate": [1e-5, 5e-3], "model__weight_decay": [0.0]}, cv=2).fit(TEXTS, LABELS)
     assert len(found.cv_results_["params"]) == 2 and set(found.predict(TEXTS)) <= {"bad", "good"}
+
+
+@pytest.mark.parametrize("scoring", [None, "f1_macro", "neg_log_loss", "roc_auc"])
+def test_scores_by_name(model, scoring):
+    assert np.isfinite(cross_val_score(make(model), TEXTS, LABELS, cv=2, scoring=scoring, error_score="raise")).all()
 
 
 def strip(X): return [x.strip() for x in X]

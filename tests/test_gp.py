@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
+from sklearn.model_selection import cross_val_score
 from skopt.acquisition import gaussian_ei
 
 from ecomopt import EcomoptError
@@ -51,7 +52,7 @@ def test_maximum_of_the_likelihood_is_scikit_learns(kernel):
     shape = RBF([1] * 3, [(1e-2, 1e2)] * 3) if kernel == "rbf" else Matern([1] * 3, [(1e-2, 1e2)] * 3, nu=2.5)
     kernel = ConstantKernel(1, (1e-3, 1e3)) * shape + WhiteKernel(1e-2, (1e-8, 1))
     theirs = GaussianProcessRegressor(kernel, alpha=0, normalize_y=True, n_restarts_optimizer=6, random_state=0).fit(X, y)
-    assert abs(ours.log_likelihood_ - theirs.log_marginal_likelihood_value_) < 1e-4
+    assert abs(ours.log_likelihood_ - theirs.log_marginal_likelihood_value_) < 1e-6
 
 
 @pytest.mark.parametrize("prior", [True, False])
@@ -131,3 +132,8 @@ def test_is_an_estimator_and_repeats_itself():
     process = GaussianProcess("rbf", random_state=3)
     assert clone(process).get_params() == process.get_params()
     assert np.array_equal(process.fit(X, y).predict(X), clone(process).fit(X, y).predict(X))
+
+
+def test_scores_by_name():
+    X, y = points(5, 40)
+    assert (cross_val_score(GaussianProcess(), X, y, cv=2, scoring="neg_mean_squared_error", error_score="raise") > -0.1).all()

@@ -54,10 +54,25 @@ def run(objective=loss, searcher=None, trials=8, backend="threading", **options)
     ({"rate": (0.0, float("inf"))}, "do not fit"),
     ({"pooling": []}, "is none"),
     ({"pooling": Categorical([("a",), ("b",)])}, "not plain"),
+    ({"pooling": ["mean", "mean"]}, "not all different"),
+    ({"pooling": Categorical([float("nan"), 1.0])}, "not all different"),
+    ({"pooling": ["1", 1]}, "not all different"),
+    ({"rate": (1e-6, 1e-2, "log")}, "no prior 'log'"),
     ({"rate": "0.1"}, "is none"),
 ])
 def test_bad_spaces(space, what):
     with pytest.raises(EcomoptError, match=what): RandomSearch(space)
+
+
+@pytest.mark.parametrize("categories", [[None, "a", 1], ["a", 0.5], [True, False], [0.1, 3, True]])
+def test_categories_come_back_as_they_are(categories):
+    points = RandomSearch({"it": Categorical(categories)}).ask(len(categories))
+    assert {repr(point["it"]) for point in points} == {repr(category) for category in categories}
+
+
+@pytest.mark.parametrize("seed", [None, -1, 1.5, "a", 2**32])
+def test_bad_seeds(seed):
+    with pytest.raises(EcomoptError, match="seed"): RandomSearch(SPACE, seed)
 
 
 @pytest.mark.parametrize("settings, what", [
@@ -142,6 +157,15 @@ def test_budgets():
     with pytest.raises(EcomoptError, match="budget"): run(trials=None)
 
 
+def test_the_bar_counts_and_tells_the_best(tmp_path, capsys):
+    journal = tmp_path / "journal"
+    run(journal=journal, trials=3)
+    assert "trials" not in capsys.readouterr().err
+    trials = search(loss, RandomSearch(SPACE), 8, journal=journal)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "8/8" in last and f"best {best(trials).value:.4g}" in last
+
+
 # the journal
 
 def test_one_line_a_trial(tmp_path):
@@ -185,6 +209,35 @@ def test_journals_that_do_not_fit(tmp_path):
     journal.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
     with pytest.raises(EcomoptError, match="Line 2"): run(journal=journal)
     assert len(journal.read_text().splitlines()) == 4  # nothing was thrown away
+
+
+def test_a_last_line_that_lacks_only_its_end_is_a_trial(tmp_path):
+    trials = run(journal=tmp_path / "journal", trials=3)
+    (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:-1])
+    def never(settings): raise AssertionError("all of it is in the journal")
+    assert run(never, journal=tmp_path / "journal", trials=3) == trials
+    assert len(run(journal=tmp_path / "journal", trials=4)) == 4 == len((tmp_path / "journal").read_text().splitlines()) - 1
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 60])
+def test_a_killed_first_line_is_written_again(tmp_path, cut):
+    with Journal(tmp_path / "journal", SPACE): first = (tmp_path / "journal").read_bytes()
+    (tmp_path / "journal").write_bytes(first[:cut])
+    run(journal=tmp_path / "journal", trials=2)
+    assert (tmp_path / "journal").read_bytes().startswith(first) and len((tmp_path / "journal").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("content", [b"what I know", b"text,stars\ngood,5\nbad", bytes(range(256)), b"[1, 2]", b"\n"])
+def test_other_files_are_left_alone(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(EcomoptError, match="no journal"): run(journal=tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_journals_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "journal", "/proc/journal"):
+        with pytest.raises(EcomoptError, match="cannot be written"): run(journal=path)
 
 
 def test_no_second_process(tmp_path):

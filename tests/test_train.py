@@ -33,6 +33,15 @@ def test_a_finished_training_is_not_repeated(checkpoint, monkeypatch):
     assert fingerprint(finetune(checkpoint, task, epochs=1)) == fingerprint(first)
 
 
+def test_a_training_need_not_be_kept(checkpoint, tmp_path):
+    kept = fingerprint(finetune(checkpoint, tiny.task(), epochs=1))
+    before = sorted(tmp_path.rglob("*"))
+    for seed in (0, 1):
+        alone = finetune(checkpoint, tiny.task(), epochs=1, seed=seed, keep=False, save_strategy="epoch")
+        assert (fingerprint(alone) == kept) == (seed == 0) and len(alone.predict(["good"])) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=1e-4), dict(epochs=2), dict(weight_decay=0.5)])
 def test_every_setting_makes_another_training(checkpoint, change):
     task = tiny.task()

@@ -246,15 +246,20 @@ def finetune(
     seed: int = 0,                # of the new head, the order of the data and dropout
     max_length: int = 128,        # longer texts are cut here (tokens)
     callbacks: Sequence = (),     # `transformers.TrainerCallback`s
+    keep: bool = True,            # keep the result in the cache and find it there; False: train, and leave nothing on the disk
     **others,                     # any other field of `TrainingArguments`
 ) -> Classifier:                  # in evaluation mode
     "Fine-tune a model on a task (Devlin et al. 2019); a finished training is read from the cache."
     set_seed(seed)
     classifier = load_model(model, task.labels, max_length)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
+    train = partial(_train, classifier, task.train, args, list(callbacks))
+    if not keep:
+        with tempfile.TemporaryDirectory() as args.output_dir:
+            train(Path(args.output_dir))
+            return load_model(args.output_dir, task.labels, max_length)
     key = dict(model=fingerprint(classifier), data=digest([task.train["text"][:], task.train["label"][:]]))
-    path = cached_training("finetune", key, args, callbacks, partial(_train, classifier, task.train, args, list(callbacks)))
-    return load_model(path, task.labels, max_length)
+    return load_model(cached_training("finetune", key, args, callbacks, train), task.labels, max_length)
 
 # %% ../../nbs/core/12_train.ipynb #128f858b
 def run(

@@ -43,6 +43,12 @@ def bend(
     return np.log1p(above / scale)
 
 # %% ../../nbs/tune/42_bayes.ipynb #d7c48c56
+def _plain(space: dict[str, Dimension], point: Sequence) -> dict:
+    "Settings of a point of `skopt`, which makes texts of the numbers among texts."
+    def category(dimension, value): return next(c for c in dimension.categories if c == value or str(c) == str(value))
+    return {name: category(d, value) if isinstance(d, Categorical) else native(value) for (name, d), value in zip(space.items(), point)}
+
+
 def _first_points(space: dict[str, Dimension], n: int, earlier: Sequence[Trial], seed: int) -> list[dict]:
     "Where to begin: half of it with the best of an earlier task, then in a Latin hypercube."
     fine = sorted((trial for trial in earlier if trial.value is not None), key=lambda trial: (trial.value, trial.number))
@@ -51,7 +57,7 @@ def _first_points(space: dict[str, Dimension], n: int, earlier: Sequence[Trial],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         drawn = Lhs(criterion="maximin", iterations=200).generate(dimensions, n, random_state=seed)
-    return [*points, *(dict(zip(space, map(native, point))) for point in drawn)][:n]
+    return [*points, *(_plain(space, point) for point in drawn)][:n]
 
 
 def _observed(tuner: "Tuner") -> tuple[list[list], np.ndarray, np.ndarray]:
@@ -94,7 +100,7 @@ def _candidates(tuner: "Tuner", number: int) -> list[dict]:
     points = all_points(tuner.space)
     if points is None:
         drawn = Space(list(tuner.space.values())).rvs(1000, random_state=random_state(tuner.seed, number, 1))
-        points = [dict(zip(tuner.space, map(native, point))) for point in drawn]
+        points = [_plain(tuner.space, point) for point in drawn]
     return [point for point in points if tuple(point.values()) not in tried]
 
 # %% ../../nbs/tune/42_bayes.ipynb #2d904b32
@@ -103,7 +109,7 @@ def _learned(tuner: "Tuner", number: int) -> dict | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # skopt's, about points that it has seen
         optimizer = _optimizer(tuner, number)
-        asked = dict(zip(tuner.space, map(native, optimizer.ask())))
+        asked = _plain(tuner.space, optimizer.ask())
         if all_points(tuner.space) is None and not tuner.seen(asked): return asked
         points = _candidates(tuner, number)
         return points[int(np.argmax(_worth(tuner, optimizer, points)))] if points else None
@@ -158,14 +164,14 @@ def plot_tuning(
 ) -> Figure:       # convergence, and one small plot for each setting
     "Draw how the best value went down, and on which settings it depends."
     n, values = 1 + len(tuner.space), [np.nan if trial.value is None else trial.value for trial in tuner.trials]
-    figure, axes = plt.subplots(1, n, figsize=(2.6 * n, 2.6), layout="constrained")
+    figure, axes = plt.subplots(1, n, figsize=(2.2 * n, 2.2), layout="constrained")
     axes[0].plot(range(1, len(values) + 1), values, ".", color="gray")
     axes[0].step(range(1, len(values) + 1), np.fmin.accumulate(values), where="post")
-    axes[0].set(xlabel="trials", ylabel="value, and best so far")
+    axes[0].set(xlabel="trials", ylabel="value and best")
     for axis, (name, dimension) in zip(axes[1:], tuner.space.items()):
         places, mean = dependence(tuner, name)
         axis.plot(list(map(str, places)) if isinstance(dimension, Categorical) else places, mean)
         axis.set(xlabel=name, xscale="log" if getattr(dimension, "prior", "") == "log-uniform" else "linear")
         axis.sharey(axes[1])
-    axes[1].set_ylabel("bent value, others averaged out")
+    axes[1].set_ylabel("mean bent value")
     return figure

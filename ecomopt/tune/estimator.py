@@ -6,8 +6,8 @@
 __all__ = ['SPACE', 'TextInputError', 'TransformerClassifier']
 
 # %% ../../nbs/tune/43_estimator.ipynb #570eb7ce
-import shutil
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,8 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from skopt.space import Real
 
 from .. import EcomoptError
-from ..core.assets import cache_dir
 from ..core.data import Task
-from ..core.train import Classifier, finetune
+from ..core.train import finetune
 
 # %% ../../nbs/tune/43_estimator.ipynb #f1734b36
 SPACE = {"learning_rate": Real(1e-6, 1e-4, "log-uniform"), "weight_decay": Real(0.0, 0.1)}  # where everyone starts
@@ -53,17 +52,28 @@ def _task(X: Sequence[str], y: Sequence) -> tuple[np.ndarray, Task]:
     rows = Dataset.from_dict({"text": texts, "label": numbers.tolist(), "group": list(map(str, range(len(texts))))})
     return classes, Task("scikit-learn", tuple(map(str, classes)), rows, rows.select([]), rows.select([]), rows.select([]))
 
-
-def _finetune(model: str | Path, task: Task, keep: bool, **settings) -> Classifier:
-    "Fine-tune; a training that was not in the cache before is not kept there, unless wanted."
-    before = set((cache_dir() / "finetune").glob("*"))
-    classifier = finetune(model, task, **settings)
-    path = Path(classifier.model.name_or_path)
-    if not keep and path not in before: shutil.rmtree(path, ignore_errors=True)
-    return classifier
-
 # %% ../../nbs/tune/43_estimator.ipynb #b2ad115e
-class TransformerClassifier(ClassifierMixin, BaseEstimator):
+class _TextClassifier(ClassifierMixin, BaseEstimator):
+    "What follows once there are `classes_` and a `classifier_`."
+
+    def predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X), C], rows sum to 1
+        "Probability of each class, in the order of `classes_`."
+        check_is_fitted(self)
+        return self.classifier_.logits(_texts(X)).double().softmax(-1).numpy()
+
+    def predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
+        "The most likely class of each text."
+        probability = self.predict_proba(X)
+        return self.classes_[probability.argmax(1)]
+
+    def __sklearn_tags__(self):
+        "What scikit-learn should know: texts, and nothing but texts."
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array, tags.input_tags.one_d_array = True, False, True
+        return tags
+
+# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
+class TransformerClassifier(_TextClassifier):
     "A text classifier for scikit-learn: `finetune` with the settings of the constructor."
 
     def __init__(self,
@@ -82,30 +92,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
     def fit(self, X: Sequence[str], y: Sequence) -> "TransformerClassifier":  # X: texts; y: a label for each, of any kind
         "Fine-tune the model; the result is `classifier_`, which `ecomopt.save` takes."
         self.classes_, task = _task(X, y)
-        seed = self.random_state if isinstance(self.random_state, int) else check_random_state(self.random_state).randint(2**31)
-        self.classifier_ = _finetune(self.model, task, self.keep, epochs=self.epochs, learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay, batch_size=self.batch_size, max_length=self.max_length, seed=seed)
+        seed = self.random_state if isinstance(self.random_state, Integral) else check_random_state(self.random_state).randint(2**31)
+        self.classifier_ = finetune(self.model, task, epochs=self.epochs, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
+            batch_size=self.batch_size, max_length=self.max_length, seed=int(seed), keep=self.keep)
         return self
-
-# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
-def _predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X), C], rows sum to 1
-    "Probability of each class, in the order of `classes_`."
-    check_is_fitted(self)
-    return self.classifier_.logits(_texts(X)).double().softmax(-1).numpy()
-
-
-def _predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
-    "The most likely class of each text."
-    probability = self.predict_proba(X)
-    return self.classes_[probability.argmax(1)]
-
-
-def _tags(self):
-    "What scikit-learn should know: texts, and nothing but texts."
-    tags = super(TransformerClassifier, self).__sklearn_tags__()
-    tags.input_tags.string, tags.input_tags.two_d_array, tags.input_tags.one_d_array = True, False, True
-    return tags
-
-
-TransformerClassifier.predict_proba, TransformerClassifier.predict = _predict_proba, _predict
-TransformerClassifier.__sklearn_tags__ = _tags

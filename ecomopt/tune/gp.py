@@ -105,29 +105,32 @@ def _fit(self,
     return self
 
 # %% ../../nbs/tune/41_gp.ipynb #d4dc5f63
-def _predict(self,
-    X: np.ndarray,                    # places [m, d]
-    return_std: bool = False,         # also the deviations
-    return_mean_grad: bool = False,   # also the gradient of the mean; m must be 1
-    return_std_grad: bool = False,    # also that of the deviation
-) -> np.ndarray | tuple:              # means [m]; deviations [m]; gradients [d]
-    "Equation (3): mean and deviation of the function itself, without noise."
-    X, s2, weights = np.asarray(X, float), np.exp(self.theta_[0]), np.exp(-2 * self.theta_[1:-1])
-    A, B = X * weights**0.5, self.X_ * weights**0.5
-    r2 = np.maximum((A * A).sum(1)[:, None] + (B * B).sum(1) - 2 * A @ B.T, 0)
-    k, g = _KERNELS[self.kernel](r2)
-    mean = self.center_ + self.scale_ * s2 * k @ self.alpha_
-    if not return_std: return mean
-    v = solve_triangular(self.L_, s2 * k.T, lower=True)
-    std = np.sqrt(np.maximum(s2 - (v * v).sum(0), 1e-18 * s2))
-    if not return_mean_grad: return mean, self.scale_ * std
-    slopes = -s2 * g[0][:, None] * (X - self.X_) * weights  # of k(X_, x) [n, d]
-    answer = mean, self.scale_ * std, self.scale_ * self.alpha_ @ slopes
-    if not return_std_grad: return answer
-    return *answer, -self.scale_ * (solve_triangular(self.L_, v, lower=True, trans=1)[:, 0] @ slopes) / std[0]
+class _Posterior(RegressorMixin, BaseEstimator):
+    "What follows once there are hyperparameters and a factor."
+
+    def predict(self,
+        X: np.ndarray,                    # places [m, d]
+        return_std: bool = False,         # also the deviations
+        return_mean_grad: bool = False,   # also the gradient of the mean; m must be 1
+        return_std_grad: bool = False,    # also that of the deviation
+    ) -> np.ndarray | tuple:              # means [m]; deviations [m]; gradients [d]
+        "Equation (3): mean and deviation of the function itself, without noise."
+        X, s2, weights = np.asarray(X, float), np.exp(self.theta_[0]), np.exp(-2 * self.theta_[1:-1])
+        A, B = X * weights**0.5, self.X_ * weights**0.5
+        r2 = np.maximum((A * A).sum(1)[:, None] + (B * B).sum(1) - 2 * A @ B.T, 0)
+        k, g = _KERNELS[self.kernel](r2)
+        mean = self.center_ + self.scale_ * s2 * k @ self.alpha_
+        if not return_std: return mean
+        v = solve_triangular(self.L_, s2 * k.T, lower=True)
+        std = np.sqrt(np.maximum(s2 - (v * v).sum(0), 1e-18 * s2))
+        if not return_mean_grad: return mean, self.scale_ * std
+        slopes = -s2 * g[0][:, None] * (X - self.X_) * weights  # of k(X_, x) [n, d]
+        answer = mean, self.scale_ * std, self.scale_ * self.alpha_ @ slopes
+        if not return_std_grad: return answer
+        return *answer, -self.scale_ * (solve_triangular(self.L_, v, lower=True, trans=1)[:, 0] @ slopes) / std[0]
 
 # %% ../../nbs/tune/41_gp.ipynb #f52467bb
-class GaussianProcess(RegressorMixin, BaseEstimator):
+class GaussianProcess(_Posterior):
     "Gaussian-process regression by Cholesky (Rasmussen and Williams 2006, algorithm 2.1), as a scikit-learn estimator."
 
     def __init__(self,
@@ -139,7 +142,7 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
     ):
         self.kernel, self.prior, self.starts, self.theta, self.random_state = kernel, prior, starts, theta, random_state
 
-    fit, predict = _fit, _predict
+    fit = _fit
 
 # %% ../../nbs/tune/41_gp.ipynb #2a407b8e
 def expected_improvement(
