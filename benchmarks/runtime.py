@@ -19,7 +19,7 @@ PROMPT = "Write a short product description for a stainless steel water bottle t
 NOTES = (f"{THREADS} threads; ratios to torch eager in float32, in turns in one process, median and middle half of {ROUNDS} rounds. Encoder: MiniLM, four epochs on reviews; "
          "sentences a second of the test split in batches of 32, tokenization included; the variant was chosen on the validation split of seed 0; labels equal to float32: test split, "
          f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; perplexity on whole reviews of the test split against float32. "
-         "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves; llama.cpp comes from `.peers`.")
+         "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves; they come from `.peers`.")
 
 
 def encoder() -> list[dict]:
@@ -48,7 +48,6 @@ def genai(path: str) -> Callable:
 
 def llama(path: str) -> Callable:
     """llama.cpp reads the GGUF file."""
-    sys.path.append(".peers")
     model = import_module("llama_cpp").Llama(path, n_threads=THREADS, n_ctx=512, verbose=False)
     prompt, config = model.tokenize(PROMPT.encode()), {"temp": 0.0}
     def write(_):
@@ -79,5 +78,6 @@ def language_model() -> list[dict]:
     return [row(name) for name in calls]
 
 
+sys.path.append(".peers")
 torch.set_num_threads(THREADS)
 report("runtime", pd.DataFrame(encoder() + language_model()).round(4), SEEDS, NOTES)
