@@ -391,6 +391,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.check_classifier': ( 'compress/quantize.html#check_classifier',
                                                                                            'ecomopt/compress/quantize.py'),
+                                           'ecomopt.compress.quantize.input_steps': ( 'compress/quantize.html#input_steps',
+                                                                                      'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.int8_linear': ( 'compress/quantize.html#int8_linear',
                                                                                       'ecomopt/compress/quantize.py'),
                                            'ecomopt.compress.quantize.pack': ( 'compress/quantize.html#pack',
