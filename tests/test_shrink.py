@@ -217,7 +217,7 @@ def test_first_token_has_the_same_gradients(kind):
     gradients = []
     for classifier in (original, small):
         batch = classifier.tokenizer(TEXTS, padding=True, return_tensors="pt")
-        classifier.model(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        classifier.model.double()(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()  # in float32 the order of the sums shows: 1e-6 of the largest
         gradients.append({name: p.grad for name, p in classifier.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(close(gradients[0][name], gradients[1][name]) for name in gradients[0])
