@@ -35,7 +35,7 @@ site: assets  ## Execute the notebooks in full and build the site in _site/
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@test -d .peers/llama_cpp || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 \
-	  openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 llama-cpp-python==0.3.36 diskcache==5.6.3  # apart: only compared with; llama.cpp is built, which takes minutes
+	  llama-cpp-python==0.3.36 diskcache==5.6.3  # apart: only compared with; llama.cpp is built, which takes minutes
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these
