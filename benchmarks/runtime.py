@@ -13,14 +13,15 @@ from ecomopt import best_runtime, convert, finetune, load_language_model, load_t
 from ecomopt.accelerate.runtime_llm import convert_language_model
 from ecomopt.core.assets import fetch
 from ecomopt.core.generate import greedy, losses, paired_perplexity
+from ecomopt.core.hardware import describe_hardware
 from ecomopt.core.measure import interleave, take_turns
 from tools.bench import report
 
-SEEDS, THREADS, ROUNDS, TOKENS = [0, 1, 2], 2, 7, 64
+SEEDS, THREADS, ROUNDS, TOKENS, REVIEWS = [0, 1, 2], 2, 7, 64, 25
 PROMPT = "Write a short product description for a stainless steel water bottle that keeps drinks cold for 24 hours."
 NOTES = (f"{THREADS} threads; ratios to torch eager in float32, in turns in one process, median and middle half of {ROUNDS} rounds. Encoder: MiniLM, four epochs on reviews; "
          "sentences a second of the test split in batches of 32, tokenization included; the variant was chosen on the validation split of seed 0; labels equal to float32: test split, "
-         f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; perplexity on whole reviews of the test split against float32. "
+         f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; perplexity on {REVIEWS} whole reviews of the test split against float32. "
          "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves.")
 
 
@@ -69,7 +70,7 @@ def language_model() -> list[dict]:
     try: calls["llama.cpp, Q4_1"] = llama(path, ids[0])
     except ImportError as error: print(f"llama.cpp: not measured, {error}")
     seconds = {name: s[:, 0] for name, s in interleave(calls, [[None]] * ROUNDS).items()}
-    reviews = pd.DataFrame(load_task("reviews").test[:]).groupby("group", sort=False).text.agg(" ".join).tolist()
+    reviews = pd.DataFrame(load_task("reviews").test[:]).groupby("group", sort=False).text.agg(" ".join).tolist()[:REVIEWS]
     judged = {name: losses(m, reviews) for name, m in models.items()}
     def row(name):
         ratio = seconds["torch float32"] / seconds[name]
@@ -82,4 +83,7 @@ def language_model() -> list[dict]:
 
 sys.path.append(".peers")
 torch.set_num_threads(THREADS)
-report("runtime", pd.DataFrame(encoder() + language_model()).round(4), SEEDS, NOTES)
+hardware = describe_hardware()
+found = (f" Processor: {', '.join(hardware.instructions)}; reads {hardware.bytes_per_s / 1e9:.0f} GB/s; 10⁹ MACs/s: "
+         + ", ".join(f"{precision} {rate / 1e9:.1f}" for precision, rate in hardware.macs_per_s.items()) + ".")
+report("runtime", pd.DataFrame(encoder() + language_model()).round(4), SEEDS, NOTES + found)

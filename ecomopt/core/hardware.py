@@ -117,6 +117,7 @@ def plot_roofline(
     intensity = np.geomspace(min(0.1, points["intensity"].min() / 2), max(1000, points["intensity"].max() * 2), 200)
     colors = dict(zip(BYTES, ("tab:blue", "tab:orange", "tab:red", "tab:green")))
     for precision, peak in hardware.macs_per_s.items():
+        if peak < points["rate"].min(): continue  # it is only imitated here
         axis.plot(intensity, np.minimum(peak, hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], label=f"roof, {precision}")
     markers = dict(zip(points["name"].unique(), "osD^vP*X<>hp" * len(points)))
     for name, rows in points.groupby("name", sort=False):
