@@ -78,5 +78,8 @@ def test_one_text_at_a_time(lm, converted):
 def test_bad_input(lm, converted, monkeypatch):
     for wrong in (dict(lm=lm.model), dict(lm=lm, bits=3), dict(lm=quantize_language_model(lm, 8)), dict(lm=converted[32])):
         with pytest.raises(EcomoptError): convert_language_model(**wrong)
+    ids = lm.encode(TEXTS[:1])[0]
+    with pytest.raises(EcomoptError, match="cannot be cut"): greedy_look_up(converted[32].model, ids, 4)
+    assert greedy_look_up(converted[32].model, ids, 4, k=0) == (greedy(converted[32].model, [ids], 4)[0], 4)
     monkeypatch.setattr(runtime_llm, "_make", lambda *arguments: time.sleep(30))
     with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, seconds=0.2)

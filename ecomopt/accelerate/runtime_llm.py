@@ -43,7 +43,7 @@ def look_up(
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #70d43d36
 @torch.inference_mode()
 def greedy_look_up(
-    model: PreTrainedModel,    # any `...ForCausalLM` whose cache can be cut, in evaluation mode
+    model: PreTrainedModel,    # any `...ForCausalLM` in torch, in evaluation mode
     ids: list[int],            # the tokens of one prompt
     max_new_tokens: int,       # the most to write
     stop: Sequence[int] = (),  # tokens that end a text
@@ -51,6 +51,7 @@ def greedy_look_up(
     k: int = 8,                # as for `look_up`; 0 is `greedy`
 ) -> tuple[list[int], int]:    # the new tokens, without the one it stopped at; how often the model was called
     "Write what `greedy` would write, and check guesses on the way (Leviathan, Kalman and Matias 2023)."
+    if k and isinstance(model, Files): raise EcomoptError("The memory of a converted model cannot be cut.", "greedy_look_up", "Pass a model in torch, or k=0.")
     tokens, new, cache, calls = list(ids), list(ids), None, 0
     while (left := max_new_tokens - len(tokens) + len(ids)) > 0:
         draft = look_up(tokens, n, min(k, left - 1)) if k and left > 1 else []

@@ -117,8 +117,8 @@ def plot_roofline(
     intensity = np.geomspace(min(0.1, points["intensity"].min() / 2), max(1000, points["intensity"].max() * 2), 200)
     colors = dict(zip(BYTES, ("tab:blue", "tab:orange", "tab:red", "tab:green")))
     for precision, peak in hardware.macs_per_s.items():
-        if peak < points["rate"].min(): continue  # it is only imitated here
-        axis.plot(intensity, np.minimum(peak, hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], label=f"roof, {precision}")
+        if peak < hardware.macs_per_s["float32"] / 2: continue  # it is only imitated here
+        axis.plot(intensity, np.minimum(peak, hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], linewidth=2 * BYTES[precision]**0.5, alpha=0.6, label=f"roof, {precision}")
     markers = dict(zip(points["name"].unique(), "osD^vP*X<>hp" * len(points)))
     for name, rows in points.groupby("name", sort=False):
         axis.scatter(rows["intensity"], rows["rate"] / 1e9, marker=markers[name], color=[colors[p] for p in rows["precision"]], zorder=3, label=name)
