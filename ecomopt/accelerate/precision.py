@@ -40,7 +40,7 @@ class _Round(torch.autograd.Function):
 
 # %% ../../nbs/accelerate/30_precision.ipynb #c469c67b
 class Imitated(TorchFunctionMode):
-    "A context in which products take and give 16 bits, forward and backward, and are summed in float32."
+    "A context in which linear maps, matrix products and attention take and give 16 bits, forward and backward, and are summed in float32."
 
     def __init__(self,
         dtype: torch.dtype,  # torch.float16 or torch.bfloat16
