@@ -161,7 +161,7 @@ def ray():
     """Ray on this machine, for the time of the tests."""
     import ray
     from ray.util.joblib import register_ray
-    for left in (2, 1, 0):  # it gives its own agent 15 seconds to start, which may be too few where all cores are busy
+    for left in range(4, -1, -1):  # it gives its own agent 15 seconds to start, too few where all cores are busy (ray-project/ray#65983)
         try: ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         except Exception:
             ray.shutdown()
