@@ -591,6 +591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ecomopt/core/generate.py'),
                                        'ecomopt.core.generate.perplexity': ('core/generate.html#perplexity', 'ecomopt/core/generate.py')},
             'ecomopt.core.hardware': { 'ecomopt.core.hardware.Hardware': ('core/hardware.html#hardware', 'ecomopt/core/hardware.py'),
+                                       'ecomopt.core.hardware.Hardware.own': ( 'core/hardware.html#hardware.own',
+                                                                               'ecomopt/core/hardware.py'),
                                        'ecomopt.core.hardware._best_rate': ('core/hardware.html#_best_rate', 'ecomopt/core/hardware.py'),
                                        'ecomopt.core.hardware._gpu': ('core/hardware.html#_gpu', 'ecomopt/core/hardware.py'),
                                        'ecomopt.core.hardware._processor': ('core/hardware.html#_processor', 'ecomopt/core/hardware.py'),

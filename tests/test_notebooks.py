@@ -16,9 +16,9 @@ def describe(name: str, error: PapermillExecutionError) -> str:
     return "\n\n".join([where, error.source, "\n".join(error.traceback)])
 
 
+# from the last to the first: the site's tests run them from the first to the last, and the two meet in the middle
 @pytest.mark.parametrize("path", site.notebooks()[::-1], ids=lambda path: str(path.relative_to(site.NBS)))
 def test_notebook_runs(path: Path, record_property):
-    # from the last to the first: the site's tests run them from the first to the last, and the two meet in the middle
     name, start = str(path.relative_to(site.ROOT)), time.perf_counter()
     try:
         site.execute(path, fast=True)

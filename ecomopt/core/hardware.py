@@ -40,6 +40,11 @@ class Hardware:
     macs_per_s: dict[str, float]  # multiply-adds a second of large products, by precision
     to_dict = asdict              # plain data, ready for JSON
 
+    @property
+    def own(self) -> list[str]:
+        "Precisions that it does not merely imitate: with half of float32's rate or more."
+        return [precision for precision, rate in self.macs_per_s.items() if rate >= self.macs_per_s["float32"] / 2]
+
 # %% ../../nbs/core/16_hardware.ipynb #67df3459
 def _processor() -> tuple[str, tuple[str, ...]]:
     "Name and sets of instructions."
@@ -116,9 +121,8 @@ def plot_roofline(
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     intensity = np.geomspace(min(0.1, points["intensity"].min() / 2), max(1000, points["intensity"].max() * 2), 200)
     colors = dict(zip(BYTES, ("tab:blue", "tab:orange", "tab:red", "tab:green")))
-    for precision, peak in hardware.macs_per_s.items():
-        if peak < hardware.macs_per_s["float32"] / 2: continue  # it is only imitated here
-        axis.plot(intensity, np.minimum(peak, hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], linewidth=2 * BYTES[precision]**0.5, alpha=0.6, label=f"roof, {precision}")
+    for precision in hardware.own:
+        axis.plot(intensity, np.minimum(hardware.macs_per_s[precision], hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], linewidth=2 * BYTES[precision]**0.5, alpha=0.6, label=f"roof, {precision}")
     markers = dict(zip(points["name"].unique(), "osD^vP*X<>hp" * len(points)))
     for name, rows in points.groupby("name", sort=False):
         axis.scatter(rows["intensity"], rows["rate"] / 1e9, marker=markers[name], color=[colors[p] for p in rows["precision"]], zorder=3, label=name)
