@@ -6,7 +6,6 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS  := dev,runtimes
 ASSETS  := minilm smollm2 reviews reviews_zh
 READY   := $(VENV)/.ready
-NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -15,7 +14,7 @@ ifneq ($(shell { $(BIN)/python -c 'import pip' && cat $(READY); } 2>/dev/null),$
 $(shell rm -f $(READY))
 endif
 
-.PHONY: help demo test lab site bench export constraints assets clean
+.PHONY: help demo test check lab run site bench export constraints assets clean
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -27,28 +26,35 @@ demo: assets  ## Make a real review classifier smaller and faster, and show the 
 test: assets  ## Run all tests, the notebooks among them
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+check: assets  ## Lint, exports, and the tests that need no training: two minutes
+	@$(BIN)/python -m ruff check nbs tests tools benchmarks
+	@$(BIN)/python -m tools.lint
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow"
+
 lab: assets  ## Open the notebooks in JupyterLab
 	@$(BIN)/python -m jupyterlab nbs
 
-site: assets  ## Execute the notebooks in full and build the site in _site/
-	@$(BIN)/python tools/site.py
+run: assets  ## Execute in full the notebooks whose code changed since, and store their outputs
+	@$(BIN)/python -m tools.run
+
+site: $(READY)  ## Build the site in _site/ from the stored outputs; executes nothing
+	@$(BIN)/python -m tools.site
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@test -d .peers/llama_cpp || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 \
 	  llama-cpp-python==0.3.36 diskcache==5.6.3  # apart: only compared with; llama.cpp is built, which takes minutes
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
-export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these
-	@$(BIN)/python -m nbconvert --log-level WARN --clear-output --inplace $(NOTEBOOKS)
+export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these; outputs stay
+	@$(BIN)/python -m tools.generate
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
-	@$(BIN)/python tools/readme.py
 
 constraints: $(READY)  ## Pin in constraints.txt the versions that .venv holds now
 	@$(PIP) freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt
 
 clean:  ## Remove all that make made here; the downloaded assets stay in the cache
-	@rm -rf $(VENV) .peers _site _stage _run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .peers _site _stage _demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 assets: $(READY)

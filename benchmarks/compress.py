@@ -22,11 +22,11 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.nn import functional as F
 
-from ecomopt import Classifier, Task, distill, finetune, load, load_task, quantize, save, shrink
+from ecomopt import Classifier, Task, distill, finetune, load, load_task, quantize, save, prune_structured
 from ecomopt.compress import quantize as ours
 from ecomopt.compress.quantize import QuantizedEmbedding, unpack
 from ecomopt.core.artifact import disk_bytes
-from ecomopt.core.measure import quality, take_turns
+from ecomopt.core.measure import quality, time_interleaved
 from tools.bench import report
 
 SEEDS, THREADS, ROUNDS, CALLS, CALIBRATION = [0, 1, 2, 3, 4], 2, 7, 40, 304
@@ -153,9 +153,9 @@ def student_of(teacher: Classifier, task: Task, seed: int) -> Classifier:
     """Ours, in float: fewer layers, neurons and heads, the words that occur twice, embeddings in four bits; then distilled."""
     shop = [*task.train["text"], *task.valid["text"], *task.transfer["text"]]
     words = Counter(word for text in shop for word in re.findall(r"\w+|[^\w\s]", text.lower()))
-    start = shrink(teacher, layers=4, neurons=256, heads=4, first_token=True, importance="taylor", task=task,
+    start = prune_structured(teacher, layers=4, neurons=256, heads=4, first_token=True, importance="taylor", task=task,
         texts=[word for word, count in words.items() if count > 1])
-    return distill(teacher, task, quantize(start, embedding_bits=4, linear=False), pieces=60_000, learning_rate=1e-4, seed=seed)
+    return distill(teacher, task, quantize(start, embedding_bits=4, linear=False), augment=60_000, learning_rate=1e-4, seed=seed)
 
 
 def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:
@@ -183,7 +183,7 @@ def measured(seed: int) -> list[dict]:
     models, first = models_of(seed), "float32 eager (teacher)"
     classifiers = {name: model for name, (model, _) in models.items()}
     accuracy = {name: quality(c.logits(texts).argmax(1).numpy(), actual, task.labels)["accuracy"] for name, c in classifiers.items()}
-    rounds, _ = take_turns(classifiers, texts, ROUNDS, CALLS, 32, seed)
+    rounds, _ = time_interleaved(classifiers, texts, ROUNDS, CALLS, 32, seed)
     rates, p50 = rounds["sentences/s"], rounds["p50 ms"]
     return [{"model": name, "accuracy": accuracy[name], "retained": accuracy[name] / accuracy[first],
         "sentences/s": rates[name].median(), "× throughput": (rates[name] / rates[first]).median(),

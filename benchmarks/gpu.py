@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from ecomopt import Classifier, EcomoptError, convert, describe_hardware, load_model, load_task
-from ecomopt.accelerate.precision import PRECISIONS, fit, has_precision
-from ecomopt.core.measure import interleave, take_turns
+from ecomopt.accelerate.precision import PRECISIONS, fit, supports_precision
+from ecomopt.core.measure import interleave, time_interleaved
 from tools.bench import report
 
 SEEDS, EPOCHS, ROUNDS = [0, 1, 2], 2, 7
@@ -25,7 +25,7 @@ NOTES = (f"Device: {hardware.gpu}, torch {torch.__version__}, CUDA {torch.versio
          + f". Step: forward and backward of MiniLM, {SENTENCES} sentences of {TOKENS} tokens, {ROUNDS} rounds of {STEPS} in turns, median of the rounds and of the ratios; peak memory above what "
          f"was there before. Training: MiniLM on reviews, {EPOCHS} epochs in batches of 32, the loss times 2⁻²⁰; accuracy on the test split, mean and range of the seeds; steps a second from "
          "text to trained model. Inference: sentences a second, test split, batches of 128, in turns, median of the ratios to float32 eager; labels equal to it.")
-AVAILABLE = [precision for precision in PRECISIONS if has_precision(precision, "cuda")]
+AVAILABLE = [precision for precision in PRECISIONS if supports_precision(precision, "cuda")]
 TRAINING = {precision: {"precision": precision} for precision in AVAILABLE} | {"float16, no scale": {"precision": "float16", "scaled": False}}
 task = load_task("reviews")
 texts, actual = task.test["text"][:], np.array(task.test["label"])
@@ -74,13 +74,13 @@ def inference(classifier: Classifier) -> list[dict]:
     """All variants of a trained classifier that torch has, in turns."""
     made = {}
     for runtime in ("eager", "sdpa", "compile"):
-        for precision in ("fp32", "bf16"):
+        for precision in ("float32", "bfloat16"):
             try: made[f"{runtime} {precision}"] = convert(classifier, runtime, precision)
             except EcomoptError as error: print(error)
     said = {name: c.logits(texts).argmax(1) for name, c in made.items()}
-    rates = take_turns(made, texts, ROUNDS, 40, 128, 0)[0]["sentences/s"]
-    return [{"what": f"infer, {name}", "sentences/s": rates[name].median(), "× float32": (rates[name] / rates["eager fp32"]).median(),
-             "labels equal": (said[name] == said["eager fp32"]).float().mean().item()} for name in made]
+    rates = time_interleaved(made, texts, ROUNDS, 40, 128, 0)[0]["sentences/s"]
+    return [{"what": f"infer, {name}", "sentences/s": rates[name].median(), "× float32": (rates[name] / rates["eager float32"]).median(),
+             "labels equal": (said[name] == said["eager float32"]).float().mean().item()} for name in made]
 
 
 steps_table = stepping()

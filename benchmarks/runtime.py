@@ -12,9 +12,9 @@ import torch
 from ecomopt import best_runtime, convert, finetune, load_language_model, load_task, quantize_language_model
 from ecomopt.accelerate.runtime_llm import convert_language_model
 from ecomopt.core.assets import fetch
-from ecomopt.core.generate import greedy, losses, paired_perplexity
+from ecomopt.core.generate import greedy_decoding, losses, paired_perplexity
 from ecomopt.core.hardware import describe_hardware
-from ecomopt.core.measure import interleave, take_turns
+from ecomopt.core.measure import interleave, time_interleaved
 from tools.bench import report
 
 SEEDS, THREADS, ROUNDS, TOKENS, REVIEWS = [0, 1, 2], 2, 7, 64, 25
@@ -35,7 +35,7 @@ def encoder() -> list[dict]:
     for seed, teacher in teachers.items():
         made = {"torch float32": teacher, f"{choice.runtime} {choice.precision}": convert(teacher, choice.runtime, choice.precision, task)}
         said = {name: c.logits(texts).argmax(1) for name, c in made.items()}
-        rates = take_turns(made, texts, ROUNDS, 40, 32, seed)[0]["sentences/s"]
+        rates = time_interleaved(made, texts, ROUNDS, 40, 32, seed)[0]["sentences/s"]
         rows += [{"what": f"encoder, {name}", "a second": rates[name].median(), "×": (rates[name] / rates["torch float32"]).median(),
                   "equal labels": (said[name] == said["torch float32"]).float().mean().item()} for name in made]
     return pd.DataFrame(rows).groupby("what", sort=False).mean().reset_index().to_dict("records")
@@ -65,7 +65,7 @@ def language_model() -> list[dict]:
     models = {"torch float32": lm, "torch int8": quantize_language_model(lm, 8), "torch int4": quantize_language_model(lm, 4)}
     models |= {f"OpenVINO, {bits} bits": convert_language_model(lm, bits) for bits in (8, 4)}
     ids = lm.encode([PROMPT], chat=True)
-    calls = {name: lambda _, m=m: greedy(m.model, ids, TOKENS) for name, m in models.items()}
+    calls = {name: lambda _, m=m: greedy_decoding(m.model, ids, TOKENS) for name, m in models.items()}
     calls["openvino-genai, Q4_1"] = genai(path)
     try: calls["llama.cpp, Q4_1"] = llama(path, ids[0])
     except ImportError as error: print(f"llama.cpp: not measured, {error}")

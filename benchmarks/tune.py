@@ -22,7 +22,7 @@ from skopt.space import Integer, Real
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-from ecomopt import Classifier, load_model, load_task, shrink
+from ecomopt import Classifier, load_model, load_task, prune_structured
 from ecomopt.core.train import run, tokenized, training_arguments
 from ecomopt.tune.bayes import Tuner
 from ecomopt.tune.search import GridSearch, ListSearch, RandomSearch, Searcher, search
@@ -48,7 +48,7 @@ LEVELS = {
 def student(layers: int) -> tuple[Classifier, Dataset]:
     """MiniLM with fewer layers, half of its heads, a quarter of its neurons, and the words of the task; and what it reads."""
     set_seed(0)
-    small = shrink(load_model("minilm", task.labels), layers=layers, heads=6, neurons=384, texts=task.train["text"], first_token=True)
+    small = prune_structured(load_model("minilm", task.labels), layers=layers, heads=6, neurons=384, texts=task.train["text"], first_token=True)
     return small, tokenized(small, task.train)
 
 

@@ -20,7 +20,7 @@ from ecomopt.compress.calibrate import (
     input_histograms,
 )
 from ecomopt.compress.quantize import Int8Linear, quantize
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import save
 from ecomopt.core.train import fingerprint
 
@@ -103,7 +103,7 @@ def test_a_text_that_fails_leaves_nothing_behind(quantized):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", [tiny.classifier, tiny.distilbert, lambda: shrink(tiny.classifier(), first_token=True)])
+@pytest.mark.parametrize("make", [tiny.classifier, tiny.distilbert, lambda: prune_structured(tiny.classifier(), first_token=True)])
 def test_the_model_says_nearly_the_same_and_the_given_one_is_untouched(make, method):
     small = quantize(make())
     before, same = small.logits(TEXTS), fingerprint(small)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecomopt import EcomoptError
-from ecomopt.core.data import Task, components, load_task, normalize, split
+from ecomopt.core.data import Task, connected_components, load_task, normalize, split
 
 FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
 
@@ -77,12 +77,12 @@ def test_components_are_those_of_the_definition(rows):
     for i, a in enumerate(rows):
         for j, b in enumerate(rows[:i]):
             if a[0] == b[0] or a[1] == b[1]: naive = [naive[j] if c == naive[i] else c for c in naive]
-    found = components([f"t{t}" for t, _ in rows], [f"g{g}" for _, g in rows])
+    found = connected_components([f"t{t}" for t, _ in rows], [f"g{g}" for _, g in rows])
     assert np.array_equal(found[:, None] == found, np.asarray(naive)[:, None] == np.asarray(naive))
 
 
 def test_a_text_and_a_group_of_one_name_are_two_things():
-    assert components(["a", "b"], ["b", "c"]).tolist() == [0, 1]
+    assert connected_components(["a", "b"], ["b", "c"]).tolist() == [0, 1]
 
 
 def test_groups_keep_the_balance():

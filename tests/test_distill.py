@@ -17,7 +17,7 @@ from ecomopt.compress import distill as module
 from ecomopt.compress.distill import (
     DistillationTrainer,
     attention_loss,
-    cut_and_join,
+    ngram_augment,
     distill,
     distillation_loss,
     hidden_loss,
@@ -25,7 +25,7 @@ from ecomopt.compress.distill import (
     teacher_logits,
 )
 from ecomopt.compress.quantize import quantize
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
 from ecomopt.core.train import fingerprint, tokenized, training_arguments
 
@@ -173,7 +173,7 @@ def test_a_teacher_must_be_there_to_be_looked_into():
 def test_one_token_alone_cannot_be_matched(weight):
     teacher = tiny.classifier()
     with pytest.raises(EcomoptError, match="one token alone"):
-        distill(teacher, tiny.task(8), shrink(teacher, first_token=True), **{weight: 1.0})
+        distill(teacher, tiny.task(8), prune_structured(teacher, first_token=True), **{weight: 1.0})
 
 
 def test_other_tokens_cannot_be_matched():
@@ -185,15 +185,15 @@ def test_other_tokens_cannot_be_matched():
 @given(st.lists(st.text("ab ", min_size=1).filter(str.strip), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 3))
 @settings(deadline=None)
 def test_pieces_are_the_shop_s_own_words(texts, n, seed):
-    pieces = cut_and_join(texts, n, seed)
-    assert len(pieces) == n and pieces == cut_and_join(texts, n, seed)
+    pieces = ngram_augment(texts, n, seed)
+    assert len(pieces) == n and pieces == ngram_augment(texts, n, seed)
     assert {word for piece in pieces for word in piece.split()} <= {word for text in texts for word in text.split()}
     assert all(piece.strip() for piece in pieces)
 
 
 def test_quantized_embeddings_stay_while_the_rest_learns(tmp_path):
     start = quantize(keep_layers(tiny.classifier(), 2), embedding_bits=4, linear=False)
-    student = distill(tiny.classifier(), tiny.task(), start, pieces=8, learning_rate=1e-2)
+    student = distill(tiny.classifier(), tiny.task(), start, augment=8, learning_rate=1e-2)
     table, before = student.model.get_input_embeddings(), start.model.get_input_embeddings()
     assert torch.equal(table.weight, before.weight) and table.bits == 4
     assert not torch.equal(weights(student), weights(start))

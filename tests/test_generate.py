@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ecomopt import EcomoptError, LanguageModel, load, load_language_model, save
-from ecomopt.core.generate import generation_speed, greedy, losses, paired_perplexity, perplexity
+from ecomopt.core.generate import generation_speed, greedy_decoding, losses, paired_perplexity, perplexity
 from ecomopt.core.train import fingerprint
 
 TEXTS = ["the battery is very good", "not bad", "a phone a phone works and the screen was awful", "great"]
@@ -35,7 +35,7 @@ def test_greedy_is_what_transformers_writes(tied):
     lm = tiny.language_model(tied=tied)
     ids = lm.encode(TEXTS)
     expected = [reference(lm, row, 9) for row in ids]
-    assert greedy(lm.model, ids, 9) == expected == [greedy(lm.model, [row], 9)[0] for row in ids]
+    assert greedy_decoding(lm.model, ids, 9) == expected == [greedy_decoding(lm.model, [row], 9)[0] for row in ids]
 
 
 def test_another_architecture():
@@ -44,14 +44,14 @@ def test_another_architecture():
     words = tiny.tokenizer()
     lm = LanguageModel(GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)).eval(), words)
     ids = lm.encode(TEXTS)
-    assert greedy(lm.model, ids, 6) == [reference(lm, row, 6) for row in ids]
+    assert greedy_decoding(lm.model, ids, 6) == [reference(lm, row, 6) for row in ids]
 
 
 def test_writing_ends_at_a_stop_token(lm):
     ids = lm.encode(TEXTS)
-    written = greedy(lm.model, ids, 12)
+    written = greedy_decoding(lm.model, ids, 12)
     stop = written[0][4]
-    assert greedy(lm.model, ids, 12, {stop}) == [row[:row.index(stop)] if stop in row else row for row in written]
+    assert greedy_decoding(lm.model, ids, 12, {stop}) == [row[:row.index(stop)] if stop in row else row for row in written]
 
 
 @pytest.mark.parametrize("ends, expected", [(5, {3, 5}), ([5, 7], {3, 5, 7}), (None, {3})])

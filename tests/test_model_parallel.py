@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate.data_parallel import launch
-from ecomopt.accelerate.model_parallel import check_split, held_bytes, predict_bytes, shard, tensor_parallel
+from ecomopt.accelerate.model_parallel import _check_split, allocated_bytes, predict_bytes, shard, tensor_parallel
 
 SIZES = {
     "bert": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96),
@@ -36,7 +36,7 @@ def run(rank, original, prepare, *args):
         logits.float().square().mean().backward()
         optimizer.step()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in one.parameters()]
-    return logits.detach(), parameters_to_vector(whole).detach(), held_bytes(one, optimizer)
+    return logits.detach(), parameters_to_vector(whole).detach(), allocated_bytes(one, optimizer)
 
 
 def same(original): return original
@@ -93,22 +93,22 @@ def test_frozen_weights_have_neither_gradient_nor_optimizer():
     ("llama", 4, ["heads"], "4 processes cannot share 2 key heads"), ("bert", 2, ["layers"], "nothing to split in"), ("bert", 2, [], "nothing to split in"),
 ])
 def test_what_cannot_be_shared_is_said_before_anything_starts(kind, processes, parts, message):
-    with pytest.raises(EcomoptError, match=message): check_split(model(kind), processes, parts)
+    with pytest.raises(EcomoptError, match=message): _check_split(model(kind), processes, parts)
 
 
 def test_the_way_out_is_named_and_is_one():
     original = model("bert", num_attention_heads=1)
-    with pytest.raises(EcomoptError, match=r"or parts=\['neurons'\]"): check_split(original, 2)
-    check_split(original, 2, ["neurons"])
+    with pytest.raises(EcomoptError, match=r"or parts=\['neurons'\]"): _check_split(original, 2)
+    _check_split(original, 2, ["neurons"])
     with pytest.raises(EcomoptError, match="Process . of 2 failed: EcomoptError: 2 processes cannot share 1 heads"): launch(run, 2, original, tensor_parallel)
 
 
 def test_other_models_are_refused():
     other = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(EcomoptError, match="GPT2.* cannot be split"): check_split(other, 2)
+    with pytest.raises(EcomoptError, match="GPT2.* cannot be split"): _check_split(other, 2)
 
 
 def test_a_classifier_of_the_library_is_split_too():
     original = tiny.classifier().model
-    check_split(original, 4)
+    _check_split(original, 4)
     assert predict_bytes(original, 2, ["neurons"])["weights"] < predict_bytes(original, 1)["weights"]

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom with `fast=True`."""
+"""Every notebook runs from top to bottom with `fast=True`, and its stored outputs are those of its cells."""
 import time
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from tools import site
+from tools import run
 
 
 def describe(name: str, error: PapermillExecutionError) -> str:
@@ -16,12 +16,12 @@ def describe(name: str, error: PapermillExecutionError) -> str:
     return "\n\n".join([where, error.source, "\n".join(error.traceback)])
 
 
-# from the last to the first: the site's tests run them from the first to the last, and the two meet in the middle
-@pytest.mark.parametrize("path", site.notebooks()[::-1], ids=lambda path: str(path.relative_to(site.NBS)))
-def test_notebook_runs(path: Path, record_property):
-    name, start = str(path.relative_to(site.ROOT)), time.perf_counter()
+@pytest.mark.slow
+@pytest.mark.parametrize("path", run.notebooks(), ids=lambda path: str(path.relative_to(run.NBS)))
+def test_notebook_runs(path: Path, record_property, tmp_path):
+    name, start = str(path.relative_to(run.ROOT)), time.perf_counter()
     try:
-        site.execute(path, fast=True)
+        run.execute(path, fast=True, cwd=tmp_path)
     except PapermillExecutionError as error:
         pytest.fail(describe(name, error), pytrace=False)
     finally:
@@ -29,18 +29,74 @@ def test_notebook_runs(path: Path, record_property):
 
 
 @pytest.mark.parametrize("between", [0, 2])
-def test_a_failed_cell_is_named(monkeypatch, tmp_path, between):
-    """The message has the cell's number, source and error, and no executed copy is kept."""
-    monkeypatch.setattr(site, "NBS", tmp_path)
-    monkeypatch.setattr(site, "RUN", tmp_path / "run")
-    sources = ["fast = True", *[f"x = {n}" for n in range(between)], "wrong = 1 / 0"]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+def test_a_failed_cell_is_named(tmp_path, between):
+    """The message has the cell's number, source and error, and the notebook stays as it was."""
+    path = notebook(tmp_path, *[f"x = {n}" for n in range(between)], "wrong = 1 / 0")
+    before = path.read_bytes()
+    with pytest.raises(PapermillExecutionError) as caught: run.execute(path, fast=True)
+    place, source, traceback = describe("broken.ipynb", caught.value).split("\n\n", 2)
+    assert place == f"broken.ipynb: cell {between + 2}: ZeroDivisionError: division by zero"
+    assert source == "wrong = 1 / 0" and "ZeroDivisionError" in traceback
+    assert path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- stored outputs
+
+def notebook(folder: Path, *sources: str) -> Path:
+    """A notebook with a parameters cell and these."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in ("fast = True", *sources)])
     nb.cells[0].metadata["tags"] = ["parameters"]
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-    path = tmp_path / "broken.ipynb"
-    nbformat.write(nb, path)
-    with pytest.raises(PapermillExecutionError) as caught: site.execute(path, fast=True)
-    place, source, traceback = describe("broken.ipynb", caught.value).split("\n\n", 2)
-    assert place == f"broken.ipynb: cell {len(sources)}: ZeroDivisionError: division by zero"
-    assert source == "wrong = 1 / 0" and "ZeroDivisionError" in traceback
-    assert not list((tmp_path / "run").rglob("*.ipynb"))
+    nbformat.write(nb, folder / "small.ipynb")
+    return folder / "small.ipynb"
+
+
+@pytest.mark.parametrize("path", run.notebooks(), ids=lambda path: str(path.relative_to(run.NBS)))
+def test_stored_outputs_belong_to_the_cells_they_stand_under(path):
+    nb = nbformat.read(path, 4)
+    if not any(cell.cell_type == "code" for cell in nb.cells): return
+    assert nb.metadata.get("ecomopt", {}).get("cells") == run.cells_key(nb), "its code was changed: `make run`"
+
+
+def test_a_run_stores_what_a_reader_needs(tmp_path, monkeypatch):
+    """Outputs of a full run, without stderr and places of this machine, and how they came about."""
+    path = notebook(
+        tmp_path, "import sys, tempfile\nprint('oh', file=sys.stderr)\nprint(fast, tempfile.mkdtemp())\n6 * 7"
+    )
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "module_file", lambda name: None)
+    run.run([path])
+    nb = nbformat.read(path, 4)
+    text, value = nb.cells[1].outputs
+    assert text.text == "False …\n" and value.data["text/plain"] == "42"
+    assert len(nb.cells) == 2 and nb.cells[1].execution_count is None
+    ran = nb.metadata["ecomopt"]
+    assert (
+        ran.keys() == {"cells", "modules", "date", "cpu", "seconds", "cell_seconds", "versions"}
+        and len(ran["cell_seconds"]) == 2
+    )
+    assert not run.is_stale(nb)
+    nb.cells[1].source += " + 1"
+    assert run.is_stale(nb)
+
+
+def test_an_edit_during_the_run_is_not_overwritten(tmp_path):
+    path = notebook(tmp_path, "1")
+    executed = run.execute(path, fast=False)
+    notebook(tmp_path, "2")
+    with pytest.raises(ValueError, match="edited while"): run.store(path, executed, 1.0)
+    assert nbformat.read(path, 4).cells[1].outputs == []
+
+
+def test_a_changed_module_makes_all_that_import_it_stale(tmp_path, monkeypatch):
+    """Also through other modules: 12_train imports core.data, which imports core.assets. Comments of nbdev do not count."""
+    nb = nbformat.read(run.NBS / "core" / "12_train.ipynb", 4)
+    files, before = {}, run.modules_key(nb)
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *args: real(self, *args) + files.get(self.name, ""))
+    for text, same in (("# %% ../../nbs/core/10_assets.ipynb #1\n", True), ("x = 1\n", False)):
+        files["assets.py"] = text
+        assert (run.modules_key(nb) == before) is same
+    files.clear()
+    files["gp.py"] = "x = 1\n"
+    assert run.modules_key(nb) == before

@@ -50,12 +50,20 @@ def built(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.xdist_group("build")
 def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(built["sdist"]) as archive: names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"settings.ini", "pyproject.toml", "tools/backend.py", "README.md", "LICENSE", "ecomopt/__init__.py"} <= names
+    assert {
+        "settings.ini",
+        "pyproject.toml",
+        "tools/backend.py",
+        "README.md",
+        "LICENSE",
+        "ecomopt/__init__.py",
+    } <= names
 
 
 @pytest.mark.xdist_group("build")
 def test_wheel_holds_the_package_and_nothing_else(built):
-    with zipfile.ZipFile(built["wheel"]) as archive: names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {str(file.relative_to(ROOT)) for file in (ROOT / "ecomopt").rglob("*.py")}
 
 
@@ -94,10 +102,17 @@ def test_imports_are_declared():
         used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
         return {name.partition(".")[0] for name in used} - {*sys.stdlib_module_names, "ecomopt"}
     trees = [ast.parse(file.read_text(encoding="utf8")) for file in (ROOT / "ecomopt").rglob("*.py")]
-    inside = names(node for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f))
+    inside = names(
+        node for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)
+    )
     at_once, owners = names(node for tree in trees for node in tree.body), packages_distributions()
     def missing(used, known): return [name for name in used if known.isdisjoint(map(str.lower, owners.get(name, [])))]
-    assert missing(at_once, declared("requirements")) == [] == missing(inside, declared("requirements", "runtimes_requirements"))
+
+    assert (
+        missing(at_once, declared("requirements"))
+        == []
+        == missing(inside, declared("requirements", "runtimes_requirements"))
+    )
 
 
 def test_import_is_light(tmp_path):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate.data_parallel import launch
-from ecomopt.accelerate.pipeline import RecordedStage, Stage, bubble, idle, plot_schedule, split_layers
+from ecomopt.accelerate.pipeline import RecordedStage, Stage, bubble_fraction, idle_fraction, plot_schedule, split_layers
 
 IDS = torch.arange(5, 5 + 48).reshape(8, 6)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2] * 4)
@@ -82,8 +82,8 @@ def test_the_bubble_of_equal_stages(p, m):
     forward = [(s, "F", i, float(s + i), float(s + i + 1)) for s in range(p) for i in range(m)]
     last = p + m - 1
     backward = [(s, "B", i, float(last + 2 * (p - 1 - s + i)), float(last + 2 * (p - s + i))) for s in range(p) for i in range(m)]
-    assert idle(forward + backward) == pytest.approx(bubble(p, m))
-    assert 0 <= bubble(p, m) < 1 and bubble(p, m + 1) <= bubble(p, m) <= bubble(p + 1, m)
+    assert idle_fraction(forward + backward) == pytest.approx(bubble_fraction(p, m))
+    assert 0 <= bubble_fraction(p, m) < 1 and bubble_fraction(p, m + 1) <= bubble_fraction(p, m) <= bubble_fraction(p + 1, m)
 
 
 def test_every_pass_is_drawn():

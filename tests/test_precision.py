@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import precision
-from ecomopt.accelerate.precision import Imitated, check_precision, fit, has_precision, precision_arguments
+from ecomopt.accelerate.precision import EmulatedPrecision, check_precision, fit, supports_precision, precision_arguments
 
 LOW = [torch.float16, torch.bfloat16]
 
@@ -19,7 +19,7 @@ LOW = [torch.float16, torch.bfloat16]
 @given(st.floats(-60000, 60000, width=32), st.sampled_from(LOW))
 def test_rounding_is_torchs_both_ways(value, dtype):
     x = torch.tensor([[value]], requires_grad=True)
-    with Imitated(dtype): y = F.linear(x, torch.ones(1, 1))
+    with EmulatedPrecision(dtype): y = F.linear(x, torch.ones(1, 1))
     assert torch.equal(y, x.detach().to(dtype).float())
     y.backward(torch.tensor([[1e-9]]))
     assert torch.equal(x.grad, torch.tensor([[1e-9]]).to(dtype).float())
@@ -33,7 +33,7 @@ PRODUCTS = {"linear": F.linear, "matmul": torch.matmul, "@": lambda a, b: a @ b,
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_takes_and_gives_16_bits(name, dtype):
     a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    with Imitated(dtype): y = PRODUCTS[name](a, b)
+    with EmulatedPrecision(dtype): y = PRODUCTS[name](a, b)
     rounded = PRODUCTS[name](a.to(dtype).float(), b.to(dtype).float())
     assert torch.equal(y, rounded.to(dtype).float()) and not torch.equal(y, PRODUCTS[name](a, b))
 
@@ -41,7 +41,7 @@ def test_a_product_takes_and_gives_16_bits(name, dtype):
 @pytest.mark.parametrize("call", [torch.exp, torch.sum, lambda x: x + x, lambda x: x * x, lambda x: x.softmax(0), lambda x: F.layer_norm(x, x.shape)])
 def test_all_else_is_left_alone(call):
     x = torch.tensor([1e-9, 1.0001, 300.0])
-    with Imitated(torch.float16): inside = call(x)
+    with EmulatedPrecision(torch.float16): inside = call(x)
     assert torch.equal(inside, call(x))
 
 
@@ -50,13 +50,13 @@ def test_a_processor_is_asked(monkeypatch, flags, has):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: f"model name\t: Some\nflags\t\t: {flags}\n")
     for name in ("float16", "bfloat16"):
-        assert has_precision(name) is (name == has)
+        assert supports_precision(name) is (name == has)
         if name == has: check_precision(name)
         else:
             with pytest.raises(EcomoptError, match=name): check_precision(name)
             check_precision(name, imitate=True)
             with pytest.raises(EcomoptError, match=name): fit(tiny.classifier(layers=1), tiny.task(), name)
-    assert has_precision("float32")
+    assert supports_precision("float32")
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -64,8 +64,8 @@ def test_an_accelerator_is_asked(monkeypatch, bf16):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    assert has_precision("float32", "cuda") and has_precision("float16", "cuda:0") and has_precision("bfloat16", "cuda") is bf16
-    assert not has_precision("float16", "mps")
+    assert supports_precision("float32", "cuda") and supports_precision("float16", "cuda:0") and supports_precision("bfloat16", "cuda") is bf16
+    assert not supports_precision("float16", "mps")
     assert precision_arguments("float16") == {"bf16": False, "fp16": True}
     if bf16: assert precision_arguments("bfloat16") == {"bf16": True, "fp16": False}
     else:
@@ -76,12 +76,12 @@ def test_an_accelerator_is_asked(monkeypatch, bf16):
 @pytest.mark.parametrize("device", ["cuda", "gpu", ""])
 def test_a_device_that_is_not_there(monkeypatch, name, device):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert not has_precision(name, device)
+    assert not supports_precision(name, device)
     with pytest.raises(EcomoptError, match=name): check_precision(name, device)
 
 
 def test_no_trainer_takes_float16_on_a_processor(monkeypatch):
-    monkeypatch.setattr(precision, "has_precision", lambda precision, device: True)
+    monkeypatch.setattr(precision, "supports_precision", lambda precision, device: True)
     with pytest.raises(EcomoptError, match="float16"): precision_arguments("float16", "cpu")
     assert precision_arguments("bfloat16", "cpu") == {"bf16": True, "fp16": False}
 
@@ -139,7 +139,7 @@ def test_a_skipped_step_changes_nothing():
 
 
 def test_autocast_is_used_where_nothing_is_imitated(monkeypatch):
-    monkeypatch.setattr(precision, "has_precision", lambda precision, device: True)
+    monkeypatch.setattr(precision, "supports_precision", lambda precision, device: True)
     (real, _), (imitated, _), (exact, _) = (trained(precision=name, imitate=imitate, epochs=1) for name, imitate in (("bfloat16", False), ("bfloat16", True), ("float32", False)))
     way = weights(exact) - weights(tiny.classifier(layers=1))
     assert not torch.equal(weights(real), weights(imitated))  # the lists differ in small operations

@@ -23,9 +23,9 @@ from transformers import (
 
 from ecomopt import EcomoptError
 from ecomopt.compress.distill import distill
-from ecomopt.compress.prune import HoldZeros, PruneCallback, cubic_sparsity, masks, prunable, prune, sparsity_of
+from ecomopt.compress.prune import MaskCallback, PruneCallback, cubic_sparsity, masks, prunable_layers, prune, compute_sparsity
 from ecomopt.compress.quantize import quantize
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
 from ecomopt.core.train import Classifier, finetune, fingerprint, tokenized, training_arguments
 
@@ -35,7 +35,7 @@ SPARSITIES = st.floats(0, 1, exclude_max=True)
 
 
 def weights(classifier: Classifier) -> dict[str, torch.Tensor]:
-    return {name: linear.weight.detach() for name, linear in prunable(classifier.model).items()}
+    return {name: linear.weight.detach() for name, linear in prunable_layers(classifier.model).items()}
 
 
 def zeros(classifier: Classifier) -> dict[str, torch.Tensor]: return {name: w == 0 for name, w in weights(classifier).items()}
@@ -53,11 +53,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.97])
 def test_masks_are_those_of_torch(kind, scope, importance, sparsity):
     method = {"magnitude": torch_prune.L1Unstructured, "random": torch_prune.RandomUnstructured}[importance]
-    theirs = prunable(copy.deepcopy(KINDS[kind].model))
+    theirs = prunable_layers(copy.deepcopy(KINDS[kind].model))
     torch.manual_seed(3)
     if scope == "global": torch_prune.global_unstructured([(linear, "weight") for linear in theirs.values()], method, amount=sparsity)
     else: [method.apply(linear, "weight", amount=sparsity) for linear in theirs.values()]
-    ours = masks(prunable(KINDS[kind].model), sparsity, scope, importance, seed=3)
+    ours = masks(prunable_layers(KINDS[kind].model), sparsity, scope, importance, seed=3)
     assert same(ours, {name: linear.weight_mask.bool() for name, linear in theirs.items()})
 
 
@@ -86,15 +86,15 @@ def test_pruning_twice_is_pruning_once(one, other, scope, importance):
 def test_equal_weights_are_counted_not_compared(scope):
     """A threshold would remove all of them or none."""
     equal = replace(KINDS["bert"], model=copy.deepcopy(KINDS["bert"].model))
-    for linear in prunable(equal.model).values(): linear.weight.data = linear.weight.sign() * 0.5
-    assert sparsity_of(prune(equal, 0.25, scope).model) == 0.25
+    for linear in prunable_layers(equal.model).values(): linear.weight.data = linear.weight.sign() * 0.5
+    assert compute_sparsity(prune(equal, 0.25, scope).model) == 0.25
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_layers_are_pruned(kind):
     before, after = KINDS[kind].model.state_dict(), prune(KINDS[kind], 0.9).model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"{name}.weight" for name in prunable(KINDS[kind].model)}
+    assert changed == {f"{name}.weight" for name in prunable_layers(KINDS[kind].model)}
     assert all(part not in name for name in changed for part in ("embedding", "Norm", "norm", "classifier", "pooler"))
     assert all((after[name] == 0).any() and not (before[name] == 0).any() for name in changed)
 
@@ -102,7 +102,7 @@ def test_only_the_layers_are_pruned(kind):
 def test_language_models_are_pruned_too():
     config = AutoConfig.for_model("llama", vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     model = prune(Classifier(AutoModelForCausalLM.from_config(config), None), 0.5).model
-    assert len(prunable(model)) == 2 * 7 and sparsity_of(model) == 0.5 and (model.lm_head.weight != 0).all()
+    assert len(prunable_layers(model)) == 2 * 7 and compute_sparsity(model) == 0.5 and (model.lm_head.weight != 0).all()
 
 
 def test_random_choices_have_a_seed():
@@ -122,7 +122,7 @@ class Record(TrainerCallback):
     """The sparsity after each step."""
     def __init__(self): self.sparsity = []
 
-    def on_step_end(self, args, state, control, model=None, **kwargs): self.sparsity.append(sparsity_of(model))
+    def on_step_end(self, args, state, control, model=None, **kwargs): self.sparsity.append(compute_sparsity(model))
 
 
 def train(classifier: Classifier, *callbacks: TrainerCallback, resume: str | None = None, **others) -> list[float]:
@@ -139,7 +139,7 @@ def train(classifier: Classifier, *callbacks: TrainerCallback, resume: str | Non
 def test_held_zeros_survive_optimizer_steps(others):
     pruned = prune(tiny.classifier(), 0.8)
     before, values = zeros(pruned), copy.deepcopy(weights(pruned))
-    assert len(set(train(pruned, HoldZeros(), **others))) == 1
+    assert len(set(train(pruned, MaskCallback(), **others))) == 1
     assert same(zeros(pruned), before)
     assert not any(torch.equal(w, values[name]) for name, w in weights(pruned).items())  # the others did learn
 
@@ -197,9 +197,9 @@ def cache(tmp_path, monkeypatch): monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_pa
 def test_prunes_while_distilling(cache, alpha):
     teacher = tiny.classifier()
     def student(sparsity): return distill(teacher, tiny.task(), teacher, alpha=alpha, callbacks=[PruneCallback(sparsity, every=2)])
-    for sparsity in (0.5, 0.9): assert abs(sparsity_of(student(sparsity).model) - sparsity) < 1e-4  # the key of the cache has the settings
-    assert same(zeros(student(0.9)), zeros(student(0.9))) and sparsity_of(teacher.model) == 0
-    further = distill(teacher, tiny.task(), student(0.9), alpha=alpha, seed=1, callbacks=[HoldZeros()])
+    for sparsity in (0.5, 0.9): assert abs(compute_sparsity(student(sparsity).model) - sparsity) < 1e-4  # the key of the cache has the settings
+    assert same(zeros(student(0.9)), zeros(student(0.9))) and compute_sparsity(teacher.model) == 0
+    further = distill(teacher, tiny.task(), student(0.9), alpha=alpha, seed=1, callbacks=[MaskCallback()])
     assert same(zeros(further), zeros(student(0.9))) and fingerprint(further) != fingerprint(student(0.9))
 
 
@@ -215,8 +215,8 @@ def test_prunes_while_fine_tuning(cache, tmp_path):
 def test_loads_in_a_fresh_process(tmp_path):
     pruned = prune(KINDS["bert"], 0.9)
     save(pruned, tmp_path / "pruned"), save(KINDS["bert"], tmp_path / "dense")
-    code = ("import json, sys, ecomopt; from ecomopt.compress.prune import prunable; c = ecomopt.load(sys.argv[1]);"
-            "print(json.dumps([c.logits(['good battery']).tolist(), {n: (m.weight == 0).tolist() for n, m in prunable(c.model).items()}]))")
+    code = ("import json, sys, ecomopt; from ecomopt.compress.prune import prunable_layers; c = ecomopt.load(sys.argv[1]);"
+            "print(json.dumps([c.logits(['good battery']).tolist(), {n: (m.weight == 0).tolist() for n, m in prunable_layers(c.model).items()}]))")
     answer = subprocess.run([sys.executable, "-c", code, str(tmp_path / "pruned")], capture_output=True, text=True, check=True)
     logits, there = json.loads(answer.stdout)
     assert torch.allclose(torch.tensor(logits), pruned.logits(["good battery"]), atol=1e-6)
@@ -228,13 +228,13 @@ def test_loads_in_a_fresh_process(tmp_path):
 def test_a_loaded_model_is_trained_with_its_zeros(tmp_path):
     pruned = prune(tiny.classifier(), 0.9)
     again = load(save(pruned, tmp_path / "pruned"))
-    train(again, HoldZeros())
+    train(again, MaskCallback())
     assert same(zeros(again), zeros(pruned))
 
 
 def test_what_is_shrunk_can_be_pruned_and_then_quantized():
-    small = prune(shrink(tiny.classifier(), layers=2, heads=[4, 2], neurons=[50, 7], first_token=True), 0.6)
-    assert abs(sparsity_of(small.model) - 0.6) < 1e-4
+    small = prune(prune_structured(tiny.classifier(), layers=2, heads=[4, 2], neurons=[50, 7], first_token=True), 0.6)
+    assert abs(compute_sparsity(small.model) - 0.6) < 1e-4
     gone = [w == 0 for w in weights(small).values()]
     integers = quantize(small).model.state_dict()
     assert sum((t == 0).sum().item() for t in integers.values() if t.dtype == torch.int8) >= sum(z.sum().item() for z in gone)
@@ -250,7 +250,7 @@ def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
     with pytest.raises(EcomoptError, match=what): prune(original, **wrong)
     with pytest.raises(EcomoptError, match=what): PruneCallback(**wrong)
-    with pytest.raises(EcomoptError, match=what): masks(prunable(original.model), **wrong)
+    with pytest.raises(EcomoptError, match=what): masks(prunable_layers(original.model), **wrong)
 
 
 @pytest.mark.parametrize("scope, where", [("global", "the layers"), ("local", "attention.self.query")])
@@ -274,7 +274,7 @@ def test_the_best_model_may_not_be_the_pruned_one(tmp_path):
         train(tiny.classifier(), PruneCallback(0.8), output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
 
 
-@pytest.mark.parametrize("refuse", [lambda c: prune(c, 0.5), lambda c: sparsity_of(c.model)])
+@pytest.mark.parametrize("refuse", [lambda c: prune(c, 0.5), lambda c: compute_sparsity(c.model)])
 def test_unsupported_models_are_refused(refuse):
     gpt2 = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     for model in (quantize(tiny.classifier()), Classifier(gpt2, None)):  # GPT-2's maps are convolutions

@@ -12,9 +12,9 @@ from torch import nn
 
 from ecomopt import EcomoptError
 from ecomopt.compress.distill import distill
-from ecomopt.compress.qat import FakeQuantLinear, best_scale, fake_quant_linear, fake_quantize, fake_quantize_rows
-from ecomopt.compress.quantize import Int8Linear, int8_linear, quantize, unpack
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.qat import FakeQuantLinear, best_scale, fake_quant_linear, prepare_qat, fake_quantize_per_channel
+from ecomopt.compress.quantize import Int8Linear, int8_linear, quantize, unpack_bits
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
 
 TEXTS = tiny.task(20).train["text"][:]
@@ -29,10 +29,10 @@ def weights(rows: int, columns: int, size: float, seed: int) -> torch.Tensor:
 def test_few_values_a_second_rounding_changes_nothing_and_the_best_step_is_best(rows, columns, bits, size, seed):
     W, limit = weights(rows, columns, size, seed), 2 ** (bits - 1) - 1
     scale = best_scale(W, bits)
-    once = fake_quantize_rows(W, scale, bits)
+    once = fake_quantize_per_channel(W, scale, bits)
     assert all(len(row.unique()) <= 2 * limit + 1 for row in once)
-    assert torch.allclose(fake_quantize_rows(once, scale, bits), once, atol=1e-5 * size)
-    widest = fake_quantize_rows(W, W.abs().amax(1).clamp(min=1e-12) / limit, bits)
+    assert torch.allclose(fake_quantize_per_channel(once, scale, bits), once, atol=1e-5 * size)
+    widest = fake_quantize_per_channel(W, W.abs().amax(1).clamp(min=1e-12) / limit, bits)
     assert ((once - W).square().sum(1) <= (widest - W).square().sum(1) * (1 + 1e-5) + 1e-12).all()
 
 
@@ -41,7 +41,7 @@ def test_the_gradient_passes_where_nothing_is_clipped(bits):
     W = weights(6, 30, 1.0, 0).requires_grad_()
     limit, scale = 2 ** (bits - 1) - 1, best_scale(W.detach(), bits)
     upstream = weights(6, 30, 1.0, 1)
-    (fake_quantize_rows(W, scale, bits) * upstream).sum().backward()
+    (fake_quantize_per_channel(W, scale, bits) * upstream).sum().backward()
     inside = (W.detach() / scale[:, None]).round().abs() <= limit
     assert torch.equal(W.grad, upstream * inside)
 
@@ -51,8 +51,8 @@ def test_what_is_trained_with_is_what_is_stored(bits):
     layer, x = fake_quant_linear(nn.Linear(48, 32), bits), torch.randn(7, 48)
     small = int8_linear(layer)
     assert small.bits == bits
-    stored = unpack(small.weight, bits, 48) * small.scale[:, None]
-    assert torch.allclose(stored, fake_quantize_rows(layer.weight, layer.scale, bits), atol=1e-6)
+    stored = unpack_bits(small.weight, bits, 48) * small.scale[:, None]
+    assert torch.allclose(stored, fake_quantize_per_channel(layer.weight, layer.scale, bits), atol=1e-6)
     assert (small(x) - layer(x)).norm() < 0.02 * layer(x).norm()  # inputs are rounded to eight bits
 
 
@@ -62,11 +62,11 @@ def test_a_row_of_zeros():
     assert torch.isfinite(int8_linear(fake_quant_linear(linear, 2))(torch.randn(3, 8))).all()
 
 
-@pytest.mark.parametrize("start", [tiny.classifier, tiny.distilbert, lambda: shrink(tiny.classifier(), heads=2, neurons=[50, 20, 30])])
+@pytest.mark.parametrize("start", [tiny.classifier, tiny.distilbert, lambda: prune_structured(tiny.classifier(), heads=2, neurons=[50, 20, 30])])
 def test_a_trained_model_keeps_its_integers(start):
     teacher, task, original = tiny.classifier(), tiny.task(), start()
     before = original.logits(TEXTS)
-    student = distill(teacher, task, fake_quantize(original, 4), epochs=2, learning_rate=1e-3, bf16=False)
+    student = distill(teacher, task, prepare_qat(original, 4), epochs=2, learning_rate=1e-3, bf16=False)
     assert torch.equal(original.logits(TEXTS), before)
     small = quantize(student)
     assert all(m.bits == 4 for m in small.model.modules() if isinstance(m, Int8Linear))
@@ -75,8 +75,8 @@ def test_a_trained_model_keeps_its_integers(start):
 
 def test_training_moves_the_weights_beneath_and_beats_rounding_at_the_end():
     teacher, task = tiny.classifier(), tiny.task(120)
-    aware = distill(teacher, task, fake_quantize(tiny.classifier(), 2), epochs=8, learning_rate=1e-3, alpha=1.0, bf16=False)
-    rounded = fake_quantize(tiny.classifier(), 2)
+    aware = distill(teacher, task, prepare_qat(tiny.classifier(), 2), epochs=8, learning_rate=1e-3, alpha=1.0, bf16=False)
+    rounded = prepare_qat(tiny.classifier(), 2)
     def off(model): return (model.logits(TEXTS) - teacher.logits(TEXTS)).square().mean()
     assert off(aware) < 0.5 * off(rounded)
     for one, other in zip(aware.model.modules(), rounded.model.modules()):
@@ -85,7 +85,7 @@ def test_training_moves_the_weights_beneath_and_beats_rounding_at_the_end():
 
 @pytest.mark.parametrize("stored", [lambda c: c, quantize])
 def test_a_fresh_process_answers_the_same(stored, tmp_path):
-    model = stored(fake_quantize(tiny.classifier(), 3))
+    model = stored(prepare_qat(tiny.classifier(), 3))
     path = save(model, tmp_path / "model")
     assert torch.equal(load(path).logits(TEXTS), model.logits(TEXTS))
     code = "import json, sys, ecomopt; print(ecomopt.load(sys.argv[1]).logits(json.loads(sys.argv[2])).tolist())"
@@ -95,10 +95,10 @@ def test_a_fresh_process_answers_the_same(stored, tmp_path):
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 4.0, None, "4"])
 def test_impossible_bits(bits):
-    with pytest.raises(EcomoptError, match="bits"): fake_quantize(tiny.classifier(), bits)
+    with pytest.raises(EcomoptError, match="bits"): prepare_qat(tiny.classifier(), bits)
 
 
 def test_what_cannot_be_trained():
-    with pytest.raises(EcomoptError, match="no classifier"): fake_quantize(tiny.classifier().model)
-    with pytest.raises(EcomoptError, match="already"): fake_quantize(quantize(tiny.classifier()))
-    with pytest.raises(EcomoptError, match="already"): fake_quantize(fake_quantize(tiny.classifier()))
+    with pytest.raises(EcomoptError, match="no classifier"): prepare_qat(tiny.classifier().model)
+    with pytest.raises(EcomoptError, match="already"): prepare_qat(quantize(tiny.classifier()))
+    with pytest.raises(EcomoptError, match="already"): prepare_qat(prepare_qat(tiny.classifier()))

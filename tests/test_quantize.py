@@ -16,7 +16,7 @@ from ecomopt.compress.quantize import (
     int8_linear,
     pack,
     quantize,
-    quantize_rows,
+    quantize_per_channel,
     quantized_embedding,
     unpack,
 )
@@ -26,7 +26,7 @@ from ecomopt.compress.quantize import (
 @settings(deadline=None)
 def test_the_error_is_at_most_half_a_scale(rows, columns, bits, size, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
-    integers, scale = quantize_rows(weight, bits)
+    integers, scale = quantize_per_channel(weight, bits)
     assert integers.abs().max() <= 2 ** (bits - 1) - 1
     assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 * (1 + 1e-9) + 1e-12).all()
 
@@ -35,7 +35,7 @@ def test_the_error_is_at_most_half_a_scale(rows, columns, bits, size, seed):
 @settings(deadline=None)
 def test_packing_loses_nothing(rows, pairs, seed):
     integers = torch.randint(-8, 8, (rows, 2 * pairs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(unpack(pack(integers, 4), 4, 2 * pairs), integers)
+    assert torch.equal(unpack_bits(pack_bits(integers, 4), 4, 2 * pairs), integers)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])

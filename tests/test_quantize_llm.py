@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 from ecomopt import EcomoptError, LanguageModel, load, quantize_language_model, save
 from ecomopt.compress.quantize_llm import WeightOnlyLayer, WeightOnlyLinear, quantize_groups, weight_only_linear
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.train import fingerprint
 
 TEXTS = ["the battery is very good", "not bad", "a phone a phone works and the screen was awful", "great"]
@@ -124,7 +124,7 @@ def test_layers_of_another_kind_are_quantized_map_by_map():
 
 def test_a_shrunk_llama():
     lm = tiny.language_model(num_hidden_layers=2)
-    shrunk = LanguageModel(shrink(lm, heads=2, importance="magnitude").model, lm.tokenizer)
+    shrunk = LanguageModel(prune_structured(lm, heads=2, importance="magnitude").model, lm.tokenizer)
     small = quantize_language_model(shrunk, 8)
     assert small.model.model.layers[0].heads == 2
     assert as_good_as_bfloat16(small, with_rounded_weights(shrunk, 8))

@@ -17,12 +17,12 @@ from ecomopt.accelerate.runtime import GraphRuntime, best_runtime, convert
 from ecomopt.compress.quantize import quantize
 from ecomopt.core.artifact import load, save
 from ecomopt.core.measure import count_macs, count_parameters
-from ecomopt.core.train import fingerprint, has_bf16
+from ecomopt.core.train import fingerprint, supports_bfloat16
 
 TEXTS = ["the battery is great", "bad", "a phone works very good not bad", "screen broke", "love it"]
-TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "int8": 2e-2}
-SAVED = [("sdpa", "int8"), ("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
-SAVED += [("eager", "bf16"), ("openvino", "bf16")] if has_bf16() else []
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 2e-2}
+SAVED = [("sdpa", "int8"), ("openvino", "float32"), ("openvino", "int8"), ("onnxruntime", "float32"), ("onnxruntime", "int8")]
+SAVED += [("eager", "bfloat16"), ("openvino", "bfloat16")] if supports_bfloat16() else []
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_it_says_the_same_and_comes_back(small, made, name, precision, tmp_path)
 
 
 def test_a_fresh_process_loads_it(made, tmp_path):
-    converted = made("openvino", "fp32")
+    converted = made("openvino", "float32")
     path = save(converted, tmp_path / "model")
     code = "import sys; from ecomopt import load; print(*load(sys.argv[1]).logits(sys.argv[2:]).flatten().tolist())"
     said = subprocess.run([sys.executable, "-c", code, path, *TEXTS], capture_output=True, text=True, check=True).stdout.split()
@@ -59,22 +59,22 @@ def test_a_fresh_process_loads_it(made, tmp_path):
 @pytest.mark.parametrize("bits", [4, 2])
 def test_quantized_embeddings_go_along(name, bits):
     small = quantize(tiny.classifier(layers=1), embedding_bits=bits, linear=False)
-    assert torch.allclose(convert(small, name, "fp32").logits(TEXTS), small.logits(TEXTS), atol=1e-4)
+    assert torch.allclose(convert(small, name, "float32").logits(TEXTS), small.logits(TEXTS), atol=1e-4)
 
 
 def test_distilbert_goes_too():
     small = tiny.distilbert()
-    assert torch.allclose(convert(small, "openvino", "fp32").logits(TEXTS), small.logits(TEXTS), atol=1e-5)
+    assert torch.allclose(convert(small, "openvino", "float32").logits(TEXTS), small.logits(TEXTS), atol=1e-5)
 
 
 def test_counts_are_those_of_the_model(small, made):
-    model = made("onnxruntime", "fp32").model
+    model = made("onnxruntime", "float32").model
     assert count_parameters(model) == count_parameters(small.model)
     for tokens in (1, 5, 32): assert count_macs(model, tokens) == count_macs(small.model, tokens)
 
 
 def test_another_number_of_threads_opens_it_again(made):
-    converted, before = made("openvino", "fp32"), torch.get_num_threads()
+    converted, before = made("openvino", "float32"), torch.get_num_threads()
     first = converted.logits(TEXTS)
     try:
         torch.set_num_threads(before + 1)
@@ -83,18 +83,18 @@ def test_another_number_of_threads_opens_it_again(made):
 
 
 def test_a_mask_is_optional(small, made):
-    converted, ids = made("openvino", "fp32"), torch.tensor([[2, 5, 6, 3]])
+    converted, ids = made("openvino", "float32"), torch.tensor([[2, 5, 6, 3]])
     assert torch.allclose(converted.model(ids).logits, small.model(ids).logits, atol=1e-5)
 
 
 def test_bfloat16_is_not_imitated(small, monkeypatch):
-    monkeypatch.setattr(runtime, "has_bf16", lambda: False)
+    monkeypatch.setattr(runtime, "supports_bfloat16", lambda: False)
     for name in runtime.RUNTIMES:
-        with pytest.raises(EcomoptError, match="does not compute in bfloat16"): convert(small, name, "bf16")
+        with pytest.raises(EcomoptError, match="does not compute in bfloat16"): convert(small, name, "bfloat16")
 
 
 def test_compiled_by_torch(small, tmp_path):
-    converted = convert(small, "compile", "fp32")
+    converted = convert(small, "compile", "float32")
     assert torch.allclose(converted.logits(TEXTS), small.logits(TEXTS), atol=1e-5)
     assert load(save(converted, tmp_path / "model")).model.runtime == "compile"
 
@@ -115,25 +115,25 @@ def test_bad_input(small, wrong):
 
 
 def test_what_is_converted_or_quantized_is_not_converted(small, made):
-    for done in (made("eager", "fp32"), quantize(small)):
-        with pytest.raises(EcomoptError): convert(done, "sdpa", "fp32")
-    with pytest.raises(EcomoptError): convert(small.model, "sdpa", "fp32")
-    with pytest.raises(EcomoptError): quantize(made("openvino", "fp32"))
+    for done in (made("eager", "float32"), quantize(small)):
+        with pytest.raises(EcomoptError): convert(done, "sdpa", "float32")
+    with pytest.raises(EcomoptError): convert(small.model, "sdpa", "float32")
+    with pytest.raises(EcomoptError): quantize(made("openvino", "float32"))
 
 
 @pytest.mark.parametrize("missing", ["openvino", "nncf"])
 def test_a_runtime_that_is_not_installed(small, made, monkeypatch, missing, tmp_path):
-    path, real = save(made("openvino", "fp32"), tmp_path / "model"), runtime.version
+    path, real = save(made("openvino", "float32"), tmp_path / "model"), runtime.version
     def version(package):
         if package == missing: raise runtime.PackageNotFoundError(package)
         return real(package)
     monkeypatch.setattr(runtime, "version", version)
-    with pytest.raises(EcomoptError, match=f"no {missing}"): convert(small, "openvino", "fp32")
+    with pytest.raises(EcomoptError, match=f"no {missing}"): convert(small, "openvino", "float32")
     if missing == "nncf": assert load(path).predict(TEXTS)  # it was needed to convert
     else:
         with pytest.raises(EcomoptError, match="not installed"): load(path)
-    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "openvino"], precisions=["fp32"], equal=0.9, rounds=1)
-    assert "not installed" in choice.table.loc["openvino fp32", "note"] and choice.runtime in ("eager", "sdpa")
+    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "openvino"], precisions=["float32"], equal=0.9, rounds=1)
+    assert "not installed" in choice.table.loc["openvino float32", "note"] and choice.runtime in ("eager", "sdpa")
 
 
 class Odd(nn.Module):
@@ -147,20 +147,20 @@ def test_an_operator_that_a_runtime_lacks(small):
     odd = copy.deepcopy(small)
     odd.model.classifier = nn.Sequential(odd.model.classifier, Odd())
     for name in ("openvino", "onnxruntime"):
-        with pytest.raises(EcomoptError, match=f"{name} cannot run"): convert(odd, name, "fp32")
-    assert convert(odd, "eager", "fp32").predict(TEXTS) == odd.predict(TEXTS)
+        with pytest.raises(EcomoptError, match=f"{name} cannot run"): convert(odd, name, "float32")
+    assert convert(odd, "eager", "float32").predict(TEXTS) == odd.predict(TEXTS)
 
 
 def test_no_wait_without_end(small, monkeypatch):
     monkeypatch.setattr(runtime, "_make", lambda *arguments: time.sleep(30))
     start = time.perf_counter()
-    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert(small, "eager", "fp32", seconds=0.2)
+    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert(small, "eager", "float32", seconds=0.2)
     assert time.perf_counter() - start < 10
     print("said aloud")  # what silences converters is over
 
 
 def test_altered_files_are_refused(made, tmp_path):
-    path = save(made("onnxruntime", "fp32"), tmp_path / "model")
+    path = save(made("onnxruntime", "float32"), tmp_path / "model")
     data = bytearray((path / "model.safetensors").read_bytes())
     data[-9] ^= 1
     (path / "model.safetensors").write_bytes(data)
@@ -174,21 +174,21 @@ def test_what_is_far_too_slow_is_not_measured(small, monkeypatch):
         if name == "sdpa": made.model.register_forward_pre_hook(lambda *_: time.sleep(0.3))
         return made
     monkeypatch.setattr(runtime, "_make", make)
-    choice = best_runtime(small, tiny.task(), runtimes=["sdpa"], precisions=["fp32"], rounds=1)
-    assert choice.runtime == "eager" and "not measured further" in choice.table.loc["sdpa fp32", "note"]
+    choice = best_runtime(small, tiny.task(), runtimes=["sdpa"], precisions=["float32"], rounds=1)
+    assert choice.runtime == "eager" and "not measured further" in choice.table.loc["sdpa float32", "note"]
 
 
 def test_the_choice_says_why(small):
-    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "onnxruntime"], precisions=["fp32", "bf16"], equal=0.5, rounds=1)
-    assert choice.table.index[0] == "eager fp32" and f"{choice.runtime} {choice.precision}" in choice.why
+    choice = best_runtime(small, tiny.task(), runtimes=["sdpa", "onnxruntime"], precisions=["float32", "bfloat16"], equal=0.5, rounds=1)
+    assert choice.table.index[0] == "eager float32" and f"{choice.runtime} {choice.precision}" in choice.why
     kept = choice.table[choice.table["note"] == ""]
-    assert choice.table.loc["onnxruntime bf16", "note"] and {"eager fp32", "sdpa fp32", "onnxruntime fp32"} <= set(kept.index)
+    assert choice.table.loc["onnxruntime bfloat16", "note"] and {"eager float32", "sdpa float32", "onnxruntime float32"} <= set(kept.index)
     assert kept["× sentences/s"].astype(float).idxmax() == f"{choice.runtime} {choice.precision}"
     assert not isinstance(small.model, GraphRuntime)
 
 
 @pytest.mark.parametrize("wrong", [dict(by="beauty"), dict(equal=1.5), dict(runtimes=["abacus"])])
 def test_best_runtime_refuses(small, wrong):
-    if "runtimes" in wrong: assert "abacus" in best_runtime(small, tiny.task(), precisions=["fp32"], rounds=1, **wrong).table.iloc[1]["note"]
+    if "runtimes" in wrong: assert "abacus" in best_runtime(small, tiny.task(), precisions=["float32"], rounds=1, **wrong).table.iloc[1]["note"]
     else:
         with pytest.raises(EcomoptError): best_runtime(small, tiny.task(), **wrong)

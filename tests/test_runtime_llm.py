@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import runtime_llm
-from ecomopt.accelerate.runtime_llm import convert_language_model, greedy_look_up, look_up
+from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding, prompt_lookup
 from ecomopt.compress.quantize_llm import quantize_language_model
 from ecomopt.core.artifact import load, save
-from ecomopt.core.generate import greedy, losses
+from ecomopt.core.generate import greedy_decoding, losses
 from ecomopt.core.measure import count_parameters
 
 TEXTS = ["the battery is great", "bad phone works very good not bad not bad not"]
@@ -29,7 +29,7 @@ def converted(lm): return {bits: convert_language_model(lm, bits) for bits in (3
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 8))
 @settings(deadline=None)
 def test_a_guess_is_what_stood_there(tokens, n, k):
-    guess, text = look_up(tokens, n, k), " ".join(map(str, tokens))
+    guess, text = prompt_lookup(tokens, n, k), " ".join(map(str, tokens))
     assert len(guess) <= k and (not guess or " ".join(map(str, [tokens[-1], *guess])) in text)
     assert bool(guess) == (tokens[-1] in tokens[:-1])
 
@@ -38,16 +38,16 @@ def test_a_guess_is_what_stood_there(tokens, n, k):
 @pytest.mark.parametrize("text", TEXTS)
 def test_guesses_change_nothing(lm, text, k):
     ids = lm.encode([text])[0]
-    whole = greedy(lm.model, [ids], 40)[0]
-    written, calls = greedy_look_up(lm.model, ids, 40, k=k)
+    whole = greedy_decoding(lm.model, [ids], 40)[0]
+    written, calls = prompt_lookup_decoding(lm.model, ids, 40, k=k)
     assert written == whole and calls <= 40 and (k or calls == 40)
     stop = {whole[12]}
-    assert greedy_look_up(lm.model, ids, 40, stop, k=k)[0] == greedy(lm.model, [ids], 40, stop)[0]
+    assert prompt_lookup_decoding(lm.model, ids, 40, stop, k=k)[0] == greedy_decoding(lm.model, [ids], 40, stop)[0]
 
 
 def test_it_writes_the_same(lm, converted):
     ids = lm.encode(TEXTS)
-    assert greedy(converted[32].model, ids, 12) == greedy(lm.model, ids, 12)
+    assert greedy_decoding(converted[32].model, ids, 12) == greedy_decoding(lm.model, ids, 12)
     assert abs(losses(converted[32], TEXTS) - losses(lm, TEXTS)).max() < 1e-2
     assert count_parameters(converted[4].model) == count_parameters(lm.model)
 
@@ -62,7 +62,7 @@ def test_few_bits_are_those_of_torch(lm, converted, bits, tolerance):
 @pytest.mark.parametrize("bits", [32, 4])
 def test_it_comes_back(lm, converted, bits, tmp_path):
     again, ids = load(save(converted[bits], tmp_path / "model")), lm.encode(TEXTS)
-    assert greedy(again.model, ids, 8) == greedy(converted[bits].model, ids, 8)
+    assert greedy_decoding(again.model, ids, 8) == greedy_decoding(converted[bits].model, ids, 8)
     assert again.generate(TEXTS, 4) == converted[bits].generate(TEXTS, 4)
 
 
@@ -79,7 +79,7 @@ def test_bad_input(lm, converted, monkeypatch):
     for wrong in (dict(lm=lm.model), dict(lm=lm, bits=3), dict(lm=quantize_language_model(lm, 8)), dict(lm=converted[32])):
         with pytest.raises(EcomoptError): convert_language_model(**wrong)
     ids = lm.encode(TEXTS[:1])[0]
-    with pytest.raises(EcomoptError, match="cannot be cut"): greedy_look_up(converted[32].model, ids, 4)
-    assert greedy_look_up(converted[32].model, ids, 4, k=0) == (greedy(converted[32].model, [ids], 4)[0], 4)
+    with pytest.raises(EcomoptError, match="cannot be cut"): prompt_lookup_decoding(converted[32].model, ids, 4)
+    assert prompt_lookup_decoding(converted[32].model, ids, 4, k=0) == (greedy_decoding(converted[32].model, [ids], 4)[0], 4)
     monkeypatch.setattr(runtime_llm, "_make", lambda *arguments: time.sleep(30))
     with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, seconds=0.2)

@@ -26,13 +26,13 @@ from ecomopt.compress.share import (
     _huffman,
     _share,
     _unhuffman,
-    keep_codebooks,
+    codebooks_to_int8,
     kmeans,
-    pack_places,
+    pack_indices,
     share_weights,
-    unpack_places,
+    unpack_indices,
 )
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
 from ecomopt.core.measure import count_macs, count_parameters
 from ecomopt.core.train import Classifier
@@ -41,7 +41,7 @@ TEXTS = tiny.task(12).train["text"][:]
 MODELS = {
     "bert": tiny.classifier,
     "distilbert": tiny.distilbert,
-    "uneven": lambda: shrink(tiny.classifier(), heads=[4, 2, 1], neurons=[90, 40, 7], first_token=True),
+    "uneven": lambda: prune_structured(tiny.classifier(), heads=[4, 2, 1], neurons=[90, 40, 7], first_token=True),
 }
 
 
@@ -140,9 +140,9 @@ def drawn(bits: int, count: int, seed: int, skew: float) -> torch.Tensor:
 def test_codes_lose_nothing(case):
     bits, count, *_ = case
     places = torch.from_numpy(drawn(*case))
-    packed = pack_places(places, bits)
+    packed = pack_indices(places, bits)
     assert len(packed) == -(-count * bits // 8)
-    assert torch.equal(unpack_places(packed, bits, count), places)
+    assert torch.equal(unpack_indices(packed, bits, count), places)
     assert torch.equal(_unhuffman(_huffman(places, bits), bits, count), places)
 
 
@@ -277,7 +277,7 @@ def test_artifacts_answer_the_same(tmp_path, kind, how):
 
 def test_a_fresh_process_says_the_same(tmp_path):
     shared = share_weights(tiny.classifier(), bits=3)
-    models = {"float": shared, "int8": keep_codebooks(shared)}
+    models = {"float": shared, "int8": codebooks_to_int8(shared)}
     for name, model in models.items(): save(model, tmp_path / name)
     code = ("import json, sys, ecomopt; texts = json.loads(sys.argv[1]);"
             "print(json.dumps([ecomopt.load(path).logits(texts).tolist() for path in sys.argv[2:]]))")
@@ -355,7 +355,7 @@ def test_a_quantized_model_keeps_its_codebooks(tmp_path, kind, how):
     if kind == "uneven": how = {name: value for name, value in how.items() if name != "group"}
     shared = share_weights(MODELS[kind](), **how)
     quantized = quantize(shared)
-    small = keep_codebooks(shared)
+    small = codebooks_to_int8(shared)
     assert torch.equal(small.logits(TEXTS), quantized.logits(TEXTS))
     layers = [m for m in small.model.modules() if isinstance(m, Int8Linear)]
     assert layers and all(isinstance(m, SharedInt8Linear) for m in layers)
@@ -370,21 +370,21 @@ def test_trained_codebooks_are_kept_too(monkeypatch, tmp_path):
     teacher = tiny.classifier()
     trained = distill(teacher, tiny.task(16), share_weights(teacher, bits=3), learning_rate=1e-2)
     quantized = quantize(trained)
-    small = keep_codebooks(trained)
+    small = codebooks_to_int8(trained)
     assert all(isinstance(m, SharedInt8Linear) for m in small.model.modules() if isinstance(m, Int8Linear))
     assert torch.equal(small.logits(TEXTS), quantized.logits(TEXTS))
 
 
 def test_layers_that_were_not_shared_stay_in_int8():
     shared = share_weights(tiny.classifier(), bits=8)  # the head is too small for eight bits
-    small = keep_codebooks(shared)
+    small = codebooks_to_int8(shared)
     assert type(small.model.classifier) is Int8Linear and isinstance(small.model.bert.pooler.dense, SharedInt8Linear)
 
 
-@pytest.mark.parametrize("make", [lambda c: c, quantize, lambda c: share_weights(c, bits=None), lambda c: keep_codebooks(share_weights(c))])
+@pytest.mark.parametrize("make", [lambda c: c, quantize, lambda c: share_weights(c, bits=None), lambda c: codebooks_to_int8(share_weights(c))])
 def test_there_must_be_codebooks_to_keep(make):
     model = make(tiny.classifier())
-    with pytest.raises(EcomoptError, match="no linear layers with shared weights"): keep_codebooks(model)
+    with pytest.raises(EcomoptError, match="no linear layers with shared weights"): codebooks_to_int8(model)
 
 
 # bad input
@@ -402,7 +402,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, wrong, what):
 
 
 @pytest.mark.parametrize("wrong", [tiny.language_model, lambda: tiny.classifier().model, lambda: "minilm"])
-@pytest.mark.parametrize("work", [share_weights, keep_codebooks])
+@pytest.mark.parametrize("work", [share_weights, codebooks_to_int8])
 def test_only_classifiers_are_taken(work, wrong):
     with pytest.raises(EcomoptError, match="is no classifier"): work(wrong())
 

@@ -1,4 +1,4 @@
-"""The site in a browser, from notebooks executed with `fast=True`: pages, links, images, math, search, no network."""
+"""The site in a browser, from the stored outputs: pages, links, images, math, search, no network."""
 import json
 import re
 import shutil
@@ -72,7 +72,7 @@ def site(tmp_path_factory):
     """The folder of the built site and the address it is served from."""
     if not (CHROMIUM and DRIVER): pytest.skip("needs chromium and chromedriver on the PATH")
     folder = tmp_path_factory.mktemp("site")
-    build(fast=True, staged=folder / "staged", site=folder / "site")
+    build(folder / "staged", folder / "site")
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass

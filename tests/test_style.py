@@ -9,7 +9,12 @@ import pytest
 from tools.lint import ROOT, Cell, Notebook, lint, lint_all, lint_book, lint_script
 
 FLOORS = {"core.data": 11, "core.train": 12, "core.measure": 14, "compress.distill": 20}
-HEADER = ["md:# Data\n\n> Rows that a model learns from.", "#| default_exp core.data", "params:fast = True", "import math"]
+HEADER = [
+    "md:# Data\n\n> Rows that a model learns from.",
+    "#| default_exp core.data",
+    "params:fast = True",
+    "import math",
+]
 FUNCTION = '''#| export
 def halve(
     x: float,  # any number
@@ -58,41 +63,65 @@ BROKEN = {
     # layers
     "import from a higher module": (
         bad("from ecomopt.core.measure import measure"),
-        "cell 5: imports core.measure.measure of notebook 14"),
+        "cell 5: imports core.measure.measure of notebook 14",
+    ),
     "import of a higher module": (
         bad("from ecomopt.core import measure"),
-        "cell 5: imports core.measure of notebook 14"),
+        "cell 5: imports core.measure of notebook 14",
+    ),
     "lazy name": (bad("from ecomopt import EcomoptError, distill"), "cell 5: imports distill of notebook 20"),
     "lazy attribute": (bad("import ecomopt", "ecomopt.distill(1)"), "cell 6: imports distill of notebook 20"),
     "plain import": (bad("import ecomopt.compress.distill"), "cell 5: imports compress.distill of notebook 20"),
     "import inside a function": (
         bad("def f():\n    from ecomopt import measure\n    return measure"),
-        "cell 5: imports measure of notebook 14"),
+        "cell 5: imports measure of notebook 14",
+    ),
     "own module in the library": (
         bad("#| export\nfrom ecomopt.core.data import Task"),
-        "cell 5: imports core.data.Task of notebook 11"),
+        "cell 5: imports core.data.Task of notebook 11",
+    ),
     # header
     "no title": (["md:Data", *GOOD[1:]], "cell 1: the first cell is `# Title`"),
     "no sentence": (["md:# Data", *GOOD[1:]], "cell 1: the first cell is `# Title`"),
     "wrong module": (
         [GOOD[0], "#| default_exp core.task", *GOOD[2:]],
-        "cell 2: the place of this notebook asks for `#| default_exp core.data`"),
+        "cell 2: the place of this notebook asks for `#| default_exp core.data`",
+    ),
     "late module": ([GOOD[0], *GOOD[2:], GOOD[1]], "one `#| default_exp` cell, second"),
     "no module": ([GOOD[0], *GOOD[2:]], "cell 1: exports code and has no"),
-    "no parameters": ([*GOOD[:2], *GOOD[3:]], "one cell tagged `parameters`, not 0"),
-    "two parameter cells": (bad("params:fast = True"), "one cell tagged `parameters`, not 2"),
+    "no parameters": (
+        [*GOOD[:2], *GOOD[3:]],
+        "one cell tagged `parameters`, and one for the sizes if they differ; not 0",
+    ),
+    "late sizes": (bad("params:rows = 1"), "cell 3: the parameters, then the sizes, are the first code cells"),
+    "three parameter cells": (bad(*["params:rows = 1"] * 2), "one for the sizes if they differ; not 3"),
     "other parameter": ([*GOOD[:2], "params:slow = True", *GOOD[3:]], "cell 3: the parameters cell says `fast = True`"),
-    "late parameters": ([*GOOD[:2], GOOD[3], GOOD[2], *GOOD[4:]], "cell 4: the parameters cell is the first code cell"),
+    "sizes in the parameters": (
+        [*GOOD[:2], "params:fast = True\nrows = 1", *GOOD[3:]],
+        "cell 3: the parameters cell says",
+    ),
+    "late parameters": (
+        [*GOOD[:2], GOOD[3], GOOD[2], *GOOD[4:]],
+        "cell 4: the parameters, then the sizes, are the first",
+    ),
+    "fast in the reader's code": (bad("rows = 1 if fast else 2"), "cell 5: `fast` is asked for"),
+    "fast as a condition": (bad("if not fast: x = 1"), "cell 5: `fast` is asked for"),
     "late imports": ([*GOOD[:3], "x = 1", *GOOD[3:]], "cell 4: the imports come right after the parameters"),
     # imports
     "mixed cell": (bad("import os\n\nprint(os.name)"), "cell 5: imports stand alone"),
     "star": (bad("from math import *"), "cell 5: `import *`"),
     # size
     "long cell": (bad("x = 1\n" * 26), "cell 5: 26 lines of code"),
-    "long cells": ([*HEADER, *["x = 1\n" * 9] * 40, *ENDING], "code cells that export nothing have a median of 9 lines"),
+    "long method": (bad("class A:\n    def f(self):\n" + "        x = 1\n" * 26), "cell 5: f has 27 lines"),
+    "long cell with a class": (bad("x = 1\nclass A:\n" + "    x = 1\n" * 26), "cell 5: 28 lines of code"),
+    "long cells": (
+        [*HEADER, *["x = 1\n" * 9] * 40, *ENDING],
+        "code cells that export nothing have a median of 9 lines",
+    ),
     "few cells": ([*HEADER, *ENDING], "15 cells; a technique has 20 to 70"),
     "many cells": (bad(*["x = 1"] * 60), "cells; a technique has 20 to 70"),
     # never
+    "control character": (bad("md:4P/\beta"), "cell 5: a control character"),
     "pip magic": (bad("%pip install torch"), "cell 5: a pip cell"),
     "pip shell": (bad("!python -m pip install torch"), "cell 5: a pip cell"),
     "pip script": (bad("%%bash\npip install torch"), "cell 5: a pip cell"),
@@ -106,30 +135,51 @@ BROKEN = {
     "percentiles of two": (bad("assert student.p50 < teacher.p50"), "cell 5: depends on the machine's speed"),
     "speedup": (bad("assert ok and speedup > 5"), "cell 5: depends on the machine's speed"),
     "clock": (bad("assert time.time() - start < 1"), "cell 5: depends on the machine's speed"),
-    "machine path": (bad("path = '/" "tmp/x'"), "cell 5: a path of one machine"),
-    "machine path in text": (bad("md:See `/" "work/x`."), "cell 5: a path of one machine"),
-    "unfinished": (bad("md:TO" "DO: more"), "cell 5: an unfinished place"),
-    "not implemented": (bad("def f(): raise NotImplemented" "Error"), "cell 5: an unfinished place"),
+    "machine path": (bad("path = '/tmp/x'"), "cell 5: a path of one machine"),
+    "machine path in text": (bad("md:See `/work/x`."), "cell 5: a path of one machine"),
+    "unfinished": (bad("md:TODO: more"), "cell 5: an unfinished place"),
+    "not implemented": (bad("def f(): raise NotImplementedError"), "cell 5: an unfinished place"),
+    # layout
+    "walrus in a call": (bad("print(x := 1)"), "cell 5: a walrus inside a call: print((x := 1))"),
+    "walrus deep in a call": (bad("print([y for x in a if (y := x)])"), "cell 5: a walrus inside a call"),
+    "side effects": (bad("[print(x) for x in a]\nx = 1"), "cell 5: a comprehension for its side effects"),
+    "two long assignments": (
+        bad("a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), 1"),
+        "cell 5: several assignments in one line",
+    ),
+    "semicolon": (bad("a = 1; b = 2"), "cell 5: two statements in one line: a = 1"),
+    "method from outside": (
+        bad("Task.sample = _sample"),
+        "cell 5: a method or attribute put into a class from outside",
+    ),
+    "method by a name": (bad("class A:\n    fit = _fit"), "cell 5: write the method in the class: fit = _fit"),
+    "several by name": (bad("class A:\n    fit, tell = _fit, _tell"), "cell 5: write the method in the class"),
+    "lambda": (bad("class A:\n    x = property(lambda self: 1)"), "cell 5: write the method in the class"),
     # documented
     "no docstring": (bad("#| export\ndef f() -> None: pass"), "cell 5: f has no docstring"),
     "class without docstring": (bad("#| export\nclass A: pass"), "cell 5: A has no docstring"),
     "method without docstring": (
         bad('#| export\nclass A:\n    "A."\n    def f(self) -> None: pass'),
-        "cell 5: A.f has no docstring"),
+        "cell 5: A.f has no docstring",
+    ),
     "no hint": (bad('#| export\ndef f(\n    x,  # a number\n) -> None:\n    "F."'), "cell 5: f: no type hint for x"),
     "no return hint": (bad('#| export\ndef f():\n    "F."'), "cell 5: f: no type hint for what it returns"),
     "no comment": (
         bad('#| export\ndef f(\n    x: int,\n) -> None:\n    "F."'),
-        "cell 5: f: no comment beside the parameter x"),
+        "cell 5: f: no comment beside the parameter x",
+    ),
     "shared comment": (
         bad('#| export\ndef f(\n    x: int, y: int,  # numbers\n) -> None:\n    "F."'),
-        "cell 5: f: no comment beside the parameter x"),
+        "cell 5: f: no comment beside the parameter x",
+    ),
     "init without comment": (
         bad('#| export\nclass A:\n    "A."\n    def __init__(self, x: int): self.x = x'),
-        "cell 5: A.__init__: no comment beside the parameter x"),
+        "cell 5: A.__init__: no comment beside the parameter x",
+    ),
     "field without comment": (
         bad('#| export\n@dataclass\nclass A:\n    "A."\n    x: int'),
-        "cell 5: A: no comment beside the field x"),
+        "cell 5: A: no comment beside the field x",
+    ),
     # exercises
     "no exercises": ([*GOOD[:10], *["x = 1"] * 10, GOOD[-1]], "no `## Exercises` section"),
     "no references": (GOOD[:-1], "no `## References` section"),
@@ -153,6 +203,11 @@ def test_rule_fires(cells, expected):
     bad("#| hide\nx = 1"),
     bad("!ls\n%matplotlib inline"),
     bad("x = 1\n" * 25),
+    bad("class A:\n" + "    x = 1\n" * 40),
+    [*GOOD[:3], "params:rows = 1 if fast else 2", *GOOD[3:]],
+    bad("a, b = 1, 2\nwhile (x := f()): print(x)"),
+    bad("[x for x in a]"),
+    bad("plt.plot();"),
     bad('#| export\ndef _private(x): return x'),
     bad('#| export\nclass A(dict):\n    "A."\n    def update(self, other): "As in dict."'),
 ])
@@ -165,11 +220,24 @@ def test_quickstart_may_show_what_comes_later():
     assert findings(tour, "start/01_quickstart.ipynb") == []
 
 
-@pytest.mark.parametrize("change, expected", [
-    (dict(source="x = 1\ny = 2"), "cell 5: the source is not a list of lines"),
-    (dict(outputs=[dict(output_type="stream", text=["1"])]), "cell 5: has outputs"),
-    (dict(execution_count=3), "cell 5: has outputs"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (dict(source="x = 1\ny = 2"), "cell 5: the source is not a list of lines"),
+        (dict(outputs=[dict(output_type="stream", name="stderr", text=["1"])]), "cell 5: stores what went to stderr"),
+        (dict(outputs=[dict(output_type="error", ename="E")]), "cell 5: stores an error"),
+        (
+            dict(outputs=[dict(output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}})]),
+            "cell 5: stores the state of a widget",
+        ),
+        (
+            dict(outputs=[dict(output_type="stream", name="stdout", text=["see /root/x"])]),
+            "cell 5: stores a path of one machine",
+        ),
+        (dict(outputs=[dict(output_type="stream", name="stdout", text=["x" * 400_001])]), "stores 400,0"),
+        (dict(execution_count=3), "cell 5: has an execution count"),
+    ],
+)
 def test_rule_of_the_file_fires(change, expected):
     cells = [raw(text) for text in bad("x = 1")]
     cells[4] |= change
@@ -201,7 +269,8 @@ def test_unfinished_scripts_are_found(tmp_path, text, line):
 
 
 def test_conditional_skips_are_fine(tmp_path):
-    lines = ["import pytest", "@pytest.mark.skipif(True, reason='')", "def test_x():", "    if not 1: pytest.skip('none')"]
+    lines = [
+        "import pytest", "@pytest.mark.skipif(True, reason='')", "def test_x():", "    if not 1: pytest.skip('none')"]
     (tmp_path / "test_x.py").write_text("\n".join(lines))
     assert lint_script(tmp_path / "test_x.py", tmp_path) == []
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
-from tools.readme import ROOT, readme
+from tools.generate import INDEX, ROOT, filled, readme
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,19 @@ def test_notebooks_are_clean(export):
 
 def test_readme_is_the_index_notebook():
     assert (ROOT / "README.md").read_text(encoding="utf8") == readme()
+
+
+def test_readme_shows_the_code_and_the_results_of_the_quickstart():
+    """What it shows is made from the stored quickstart; and it is there, code, table and figure."""
+    assert [cell.source for cell in filled(nbformat.read(INDEX, 4)).cells] == [
+        cell.source for cell in nbformat.read(INDEX, 4).cells
+    ]
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    assert "× throughput" in text and "](nbs/quickstart.png)" in text
+    lines = [line for line in re.search(r"```python\n(.*?)```", text, re.S)[1].splitlines() if line.strip()]
+    assert len(lines) <= 12 and all(
+        word in "".join(lines) for word in ("load_task", "distill(", "quantize(", "save(", "load(")
+    )
 
 
 def test_readme_links_lead_somewhere():

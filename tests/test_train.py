@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from ecomopt import EcomoptError
-from ecomopt.compress.shrink import shrink
+from ecomopt.compress.structured import prune_structured
 from ecomopt.core import train
 from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
@@ -121,7 +121,7 @@ def test_three_classes(checkpoint):
 
 
 def test_a_shrunk_model_saved_without_its_shapes_is_refused(tmp_path):
-    small = shrink(tiny.classifier(), heads=2)
+    small = prune_structured(tiny.classifier(), heads=2)
     small.model.save_pretrained(tmp_path)
     small.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(EcomoptError, match="another shape"): load_model(tmp_path, small.labels)

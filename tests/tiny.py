@@ -27,11 +27,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer()
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
 
 
-def classifier(seed: int = 0, layers: int = 3, hidden: int = 64, labels: tuple[str, ...] = ("negative", "positive")) -> Classifier:
+def classifier(
+    seed: int = 0, layers: int = 3, hidden: int = 64, labels: tuple[str, ...] = ("negative", "positive")
+) -> Classifier:
     """A random BERT with a tokenizer."""
     torch.manual_seed(seed)
     words = tokenizer()
@@ -46,7 +52,15 @@ def distilbert(seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     words = tokenizer()
     ids = {0: "negative", 1: "positive"}
-    config = DistilBertConfig(vocab_size=len(words), dim=64, n_layers=2, n_heads=4, hidden_dim=96, id2label=ids, label2id={v: k for k, v in ids.items()})
+    config = DistilBertConfig(
+        vocab_size=len(words),
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=96,
+        id2label=ids,
+        label2id={v: k for k, v in ids.items()},
+    )
     return Classifier(DistilBertForSequenceClassification(config).eval(), words)
 
 
@@ -55,8 +69,17 @@ def language_model(seed: int = 0, tied: bool = True, **others) -> LanguageModel:
     torch.manual_seed(seed)
     words = tokenizer()
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
-    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=tied, initializer_range=0.3, pad_token_id=0, eos_token_id=None, **sizes | others)
+    sizes = dict(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96
+    )
+    config = LlamaConfig(
+        vocab_size=len(words),
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=None,
+        **sizes | others,
+    )
     return LanguageModel(LlamaForCausalLM(config).eval(), words)
 
 

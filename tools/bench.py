@@ -13,10 +13,12 @@ PACKAGES = "ecomopt", "torch", "transformers", "numpy", "scikit-learn"
 
 
 def machine() -> str:
-    """The processor by its name, and how many of its cores are ours."""
+    """The CPU by its name, and how many of its cores are ours."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str) -> Path:
@@ -24,10 +26,12 @@ def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str) -> Path
     print(f"\n{table.to_string(index=False)}\n\n{notes}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({
-        "name": name, "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "seeds": seeds, "notes": notes,
+    result = {
+        "name": name, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "seeds": seeds, "notes": notes,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "table": json.loads(table.to_json(orient="records")),
-    }, indent=1) + "\n", encoding="utf8")
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(f"\nwritten: {path.relative_to(RESULTS.parents[1])}")
     return path

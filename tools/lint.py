@@ -22,11 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TECHNIQUE = {"core", "compress", "accelerate", "tune", "optimize"}
 TOUR = {"", "start"}  # the index and the quickstart show what comes later
 MAX_LINES, MAX_MEDIAN, CELLS, EXERCISES = 25, 6, range(20, 71), range(3, 6)
+MAX_VALUE = 30  # characters of a value in `a, b = x, y`
+MAX_OUTPUTS = 400_000  # bytes of the stored outputs of a notebook
 IMPORTS = (ast.Import, ast.ImportFrom)
 
 # Written in two parts, so that this file does not find itself.
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|NotImplemented" r"Error)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|tmp|home|root)/")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 PIP = re.compile(r"^\s*[!%].*\bpip\b|^%%(?s:.*)\bpip install\b", re.M)
 TIME = re.compile(
     r"\b(\w*(seconds|latency|elapsed|duration|speedup|throughput|perf_counter)\w*"
@@ -45,6 +48,7 @@ class Cell:
         self.is_parameters = "parameters" in raw["metadata"].get("tags", [])
         self.directives = {key: value.strip() for key, value in re.findall(r"^#\|\s*([\w-]+):?(.*)$", self.text, re.M)}
         self.lines = [line for line in self.text.splitlines() if not line.startswith("#|")]
+        self.outputs = raw.get("outputs", [])
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -116,14 +120,19 @@ def layers(nb: Notebook, floors: dict[str, int]) -> Iterator[Finding]:
 def imported(cell: Cell) -> set[str]:
     """What a cell takes from the package: `core.data.Task` from its module, `Task` from the top."""
     names = {ast.unparse(node) for node in cell.nodes(ast.Attribute)}  # ecomopt.distill(…)
-    for node in cell.nodes(*IMPORTS):
+    for node in set(cell.nodes(*IMPORTS)) - {child for block in typing_only(cell.tree) for child in ast.walk(block)}:
         prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
         names |= {prefix + alias.name for alias in node.names}
     return {name.removeprefix("ecomopt.") for name in names if name.startswith("ecomopt.")}
 
 
+def typing_only(tree: ast.Module) -> list[ast.If]:
+    """The blocks that only editors and type checkers read: `if TYPE_CHECKING:`."""
+    return [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+
+
 def header(nb: Notebook) -> Iterator[Finding]:
-    """Title and sentence, `default_exp`, parameters, imports: in this order."""
+    """Title and sentence, `default_exp`, parameters, sizes, imports: in this order."""
     if not nb.cells or not re.match(r"# .+\n\n> .+", nb.cells[0].text):
         yield 1, "the first cell is `# Title`, an empty line and `> one sentence`"
     rest = list(nb.code)
@@ -139,15 +148,19 @@ def header(nb: Notebook) -> Iterator[Finding]:
         yield 1, "exports code and has no `#| default_exp` cell"
     if not rest: return
     parameters = [cell for cell in rest if cell.is_parameters]
-    if len(parameters) != 1:
-        yield 0, f"one cell tagged `parameters`, not {len(parameters)}"
+    if len(parameters) not in (1, 2):
+        yield 0, f"one cell tagged `parameters`, and one for the sizes if they differ; not {len(parameters)}"
         return
-    if not re.search(r"^fast = True\b", parameters[0].text, re.M):
-        yield parameters[0].number, "the parameters cell says `fast = True`"
-    if rest[0] is not parameters[0]:
-        yield parameters[0].number, "the parameters cell is the first code cell after `default_exp`"
-    elif any(cell.has_imports for cell in rest) and not rest[1].has_imports:
-        yield rest[1].number, "the imports come right after the parameters"
+    first, *sizes = parameters
+    if not re.fullmatch(r"fast = True *(#.*)?", first.text):
+        yield first.number, "the parameters cell says `fast = True` and nothing else"
+    if rest[:len(parameters)] != parameters:
+        yield first.number, "the parameters, then the sizes, are the first code cells after `default_exp`"
+    elif any(cell.has_imports for cell in rest) and not rest[len(parameters)].has_imports:
+        yield rest[len(parameters)].number, "the imports come right after the parameters and sizes"
+    for cell in rest:
+        if cell not in parameters and any(node.id == "fast" for node in cell.nodes(ast.Name)):
+            yield cell.number, "`fast` is asked for; the sizes for fast and full stand in the cell below the parameters"
 
 
 def imports(nb: Notebook) -> Iterator[Finding]:
@@ -162,10 +175,16 @@ def imports(nb: Notebook) -> Iterator[Finding]:
 def size(nb: Notebook) -> Iterator[Finding]:
     """Short cells; a technique in 20 to 70 of them."""
     for cell in nb.code:
-        if len(cell.lines) > MAX_LINES: yield cell.number, f"{len(cell.lines)} lines of code; at most {MAX_LINES}"
+        classes = cell.nodes(ast.ClassDef)
+        if len(cell.lines) > MAX_LINES and not (len(cell.tree.body) == 1 and classes):
+            yield cell.number, f"{len(cell.lines)} lines of code; at most {MAX_LINES}"
+        for method in (node for one in classes for node in one.body if isinstance(node, ast.FunctionDef)):
+            lines = method.end_lineno - method.lineno + 1
+            if lines > MAX_LINES: yield cell.number, f"{method.name} has {lines} lines; at most {MAX_LINES}"
     if not nb.is_technique: return
     middle = median([len(cell.lines) for cell in nb.code if not cell.exported] or [0])
-    if middle > MAX_MEDIAN: yield 0, f"code cells that export nothing have a median of {middle:g} lines; at most {MAX_MEDIAN}"
+    if middle > MAX_MEDIAN:
+        yield 0, f"code cells that export nothing have a median of {middle:g} lines; at most {MAX_MEDIAN}"
     if len(nb.cells) not in CELLS: yield 0, f"{len(nb.cells)} cells; a technique has {CELLS[0]} to {CELLS[-1]}"
 
 
@@ -173,6 +192,8 @@ def never(nb: Notebook) -> Iterator[Finding]:
     """What no cell has."""
     for cell in nb.cells:
         if MACHINE_PATH.search(cell.text): yield cell.number, "a path of one machine; use tempfile or a relative path"
+        if CONTROL.search(cell.text):
+            yield cell.number, "a control character, perhaps from a \\b or \\f that was meant for TeX"
         if UNFINISHED.search(cell.text): yield cell.number, "an unfinished place"
     for cell in nb.code:
         asserts = cell.nodes(ast.Assert)
@@ -182,8 +203,57 @@ def never(nb: Notebook) -> Iterator[Finding]:
         if sets_filter(cell.tree): yield cell.number, "a warning filter outside `with warnings.catch_warnings()`"
         for node in asserts:
             if about_time(node): yield cell.number, f"depends on the machine's speed: {ast.unparse(node)}"
-        if cell.raw["outputs"] or cell.raw["execution_count"]:
-            yield cell.number, "has outputs; `make export` removes them"
+
+
+def layout(nb: Notebook) -> Iterator[Finding]:
+    """Code that reads top to bottom, one thing a line; methods stand in their classes."""
+    for cell in nb.code:
+        yield from ((cell.number, what) for what in crowded(cell.tree))
+        for node in cell.tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if any(
+                isinstance(t, ast.Attribute) and t.attr != t.attr.upper() and ast.unparse(t.value)[:1].isupper()
+                for t in targets
+            ):
+                yield cell.number, f"a method or attribute put into a class from outside: {ast.unparse(node)[:50]}"
+        for node in (child for one in cell.nodes(ast.ClassDef) for child in one.body if isinstance(child, ast.Assign)):
+            if re.search(r"\blambda\b", text := ast.unparse(node)) or re.search(r"= .*(?<![\w.'\"])_[a-z]\w*", text):
+                yield cell.number, f"write the method in the class: {text[:50]}"
+
+
+def crowded(tree: ast.AST) -> Iterator[str]:
+    """What is too much for one line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            inside = [part for argument in (*node.args, *node.keywords) for part in ast.walk(argument)]
+            if any(isinstance(part, ast.NamedExpr) for part in inside):
+                yield f"a walrus inside a call: {ast.unparse(node)[:50]}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.ListComp, ast.SetComp, ast.DictComp)):
+            if node is not tree.body[-1]: yield f"a comprehension for its side effects: {ast.unparse(node)[:50]}"
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Tuple)
+            and isinstance(node.targets[0], ast.Tuple)
+        ):
+            if any(len(ast.unparse(value)) > MAX_VALUE for value in node.value.elts):
+                yield f"several assignments in one line, one of them long: {ast.unparse(node)[:50]}"
+        for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            if isinstance(block, list) and len({one.lineno for one in block}) < len(block):
+                yield f"two statements in one line: {ast.unparse(block[0])[:50]}"
+
+
+def stored(nb: Notebook) -> Iterator[Finding]:
+    """Stored outputs are what a reader needs: no warnings, no widgets, no paths of one machine, and not too much."""
+    for cell in nb.code:
+        text = json.dumps(cell.outputs)
+        if cell.raw["execution_count"] is not None:
+            yield cell.number, "has an execution count; `make export` removes it"
+        if any(out.get("name") == "stderr" for out in cell.outputs): yield cell.number, "stores what went to stderr"
+        if "application/vnd.jupyter.widget" in text: yield cell.number, "stores the state of a widget"
+        if any(out.get("output_type") == "error" for out in cell.outputs): yield cell.number, "stores an error"
+        if MACHINE_PATH.search(text): yield cell.number, "stores a path of one machine"
+    size = sum(len(json.dumps(cell.outputs)) for cell in nb.code)
+    if size > MAX_OUTPUTS: yield 0, f"stores {size:,} bytes of outputs; at most {MAX_OUTPUTS:,}"
 
 
 def sets_filter(node: ast.AST) -> bool:
@@ -267,7 +337,7 @@ def ending(nb: Notebook) -> Iterator[Finding]:
         yield cells[0].number, f"{len(solutions)} solutions and {len(checks)} cells that check them with `assert`"
 
 
-RULES = [header, imports, size, never, sources, documented, ending]
+RULES = [header, imports, size, never, layout, stored, sources, documented, ending]
 
 
 # ---------------------------------------------------------------- the findings

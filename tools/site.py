@@ -1,68 +1,27 @@
-"""The site, in three steps: execute the notebooks, stage the executed copies, render them.
+"""The site, in two steps: stage the notebooks with their stored outputs, render them. Nothing is executed.
 
-    python tools/site.py           full parameters, into _site/
-    python tools/site.py --fast    less data, for a quick look
-
-Executed copies are kept in _run/ and used again until the notebook or the package changes.
+    python tools/site.py           into _site/
 """
-import argparse
 import ast
-import hashlib
 import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from operator import attrgetter
 from pathlib import Path
 
 import nbformat
 import pandas as pd
-import papermill
 import yaml
 from execnb.nbio import mk_cell, write_nb
 from fastcore.docments import DocmentTbl
-from filelock import FileLock
 from math_core import LatexToMathML
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import add_show_docs, hide_
-from traitlets.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS, RUN = ROOT / "nbs", ROOT / "_run"
-
-
-# ---------------------------------------------------------------- execute
-
-def notebooks() -> list[Path]:
-    "Every notebook of the book, in reading order."
-    found = (path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-    return sorted(found, key=lambda path: (path.parent != NBS, path.name))
-
-
-def execute(path: Path, fast: bool) -> Path:
-    "Run a notebook in its own folder, as JupyterLab does; return the executed copy, an earlier one if nothing changed."
-    path = Path(path).resolve()
-    copy = RUN / ("fast" if fast else "full") / path.relative_to(NBS)
-    key = hashlib.sha256(f"{fast}{sys.version}".encode())
-    for source in [path, *sorted((ROOT / "ecomopt").rglob("*.py")), *ROOT.glob("constraints.txt")]:
-        key.update(source.read_bytes())
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(copy.with_suffix(".lock")):
-        if copy.exists() and json.loads(copy.read_text("utf8"))["metadata"].get("key") == key.hexdigest():
-            return copy
-        with tempfile.TemporaryDirectory() as folder:  # the kernel's sockets: no port that others could reach
-            sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
-            options = {"kernel_name": "python3", "cwd": path.parent, "progress_bar": False, "config": sockets}
-            nb = papermill.execute_notebook(path, None, {"fast": fast}, **options)
-        nb.metadata["key"] = key.hexdigest()
-        nbformat.write(nb, copy.with_suffix(".new"))
-        copy.with_suffix(".new").replace(copy)
-    return copy
-
+from tools.run import NBS, ROOT, duration, is_stale, notebooks
 
 # ---------------------------------------------------------------- stage
 
@@ -131,22 +90,30 @@ class title(Processor):
         self.nb.cells.insert(0, mk_cell(f"---\n{yaml.safe_dump(front, allow_unicode=True)}---", "raw"))
 
 
-class tidy(Processor):
-    "Leave what a reader needs: imports folded, and the parameters where code asks for them; no progress bars."
+class executed(Processor):
+    "Say below the title when and where the page was executed, and whether its sources changed since."
 
     def begin(self):
-        code = [cell.source for cell in self.nb.cells if cell.cell_type == "code" and not cell.metadata.get("tags")]
-        self.asked = any(re.search(r"\bfast\b", source) for source in code)
+        ran = self.nb.metadata.get("ecomopt")
+        if not ran: return
+        versions = ", ".join(f"{name} {number}" for name, number in ran["versions"].items())
+        text = f"Executed {ran['date']} in {duration(ran['seconds'])} min on {ran['cpu']}; {versions}."
+        if self.nb.stale:
+            text += " <strong>The code has changed since: the outputs are those of the earlier code.</strong>"
+        self.nb.cells.insert(1, mk_cell(f'<p class="executed">{text}</p>\n', "markdown"))
+
+
+class tidy(Processor):
+    "Leave what a reader needs: imports and sizes folded; neither `default_exp` nor `fast`."
 
     def cell(self, cell):
         if cell.cell_type != "code": return
         tags, lines = cell.metadata.get("tags", []), cell.parsed_() or []
-        cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-        if "injected-parameters" in tags and self.asked: summary = "Parameters"
-        elif tags or "default_exp" in cell.directives_: cell.source = None; return
+        if cell.source.startswith("fast = True") or "default_exp" in cell.directives_: cell.source = None; return
+        if "parameters" in tags: summary = "Sizes"
         elif lines and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in lines): summary = "Imports"
         else: return
-        cell.source = f"#| code-fold: true\n#| code-summary: {summary}\n" + cell.source.removeprefix("# Parameters\n")
+        cell.source = f"#| code-fold: true\n#| code-summary: {summary}\n{cell.source}"
 
 
 def texts(cell):
@@ -175,12 +142,13 @@ def benchmarks(results: list[Path]) -> str:
     return "\n".join(page)
 
 
-def stage(executed: dict[Path, Path], to: Path) -> None:
+def stage(to: Path) -> None:
     "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints", "quickstart*"))
-    for path, copy in executed.items():
-        page = NBProcessor(copy, [add_show_docs, references, title, hide_, tidy, texts])
+    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".*", "quickstart", "quickstart-fast"))
+    for path in notebooks():
+        page = NBProcessor(path, [add_show_docs, references, title, executed, hide_, tidy, texts])
+        page.nb.stale = is_stale(nbformat.read(path, 4))
         page.process()
         page.nb.metadata = {"kernelspec": page.nb.metadata["kernelspec"]}
         write_nb(page.nb, to / staged_name(path))
@@ -192,31 +160,31 @@ def stage(executed: dict[Path, Path], to: Path) -> None:
 
 # ---------------------------------------------------------------- render
 
+IMPORT = re.compile(
+    r"""@import\s*(?:url\()?\s*["']?https?:[^;]*;?"""
+)  # a font from the network: the system's do as well
+CDN = re.compile(
+    r"""<script[^>]*src="https://[^>]*></script>\s*|<script[^>]*>\s*define\('jquery'.*?</script>\s*""", re.S
+)
+
+
 def render(staged: Path, site: Path) -> None:
     "Render with Quarto, or with smalldocs where there is none, and replace `site` when all went well."
     quarto = shutil.which("quarto")
     renderer = [quarto] if quarto else [sys.executable, "-m", "smalldocs.cli"]
     subprocess.run([*renderer, "render", staged], check=True)
-    for css in (staged / "_site").rglob("*.css"):  # no font from the network: the system's do as well
-        css.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);?", "", css.read_text("utf8")), "utf8")
+    for file in (staged / "_site").rglob("*.css"): file.write_text(IMPORT.sub("", file.read_text("utf8")), "utf8")
+    for file in (staged / "_site").rglob("*.html"): file.write_text(CDN.sub("", file.read_text("utf8")), "utf8")
     shutil.rmtree(site, ignore_errors=True)
     (staged / "_site").replace(site)
 
 
-def build(fast: bool, staged: Path = ROOT / "_stage", site: Path = ROOT / "_site") -> Path:
-    "Execute, stage and render every notebook; progress on standard output."
-    executed, paths = {}, notebooks()
-    for n, path in enumerate(paths, 1):
-        start = time.perf_counter()
-        print(f"[{n}/{len(paths)}] {path.relative_to(ROOT)}", end=" ", flush=True)
-        executed[path] = execute(path, fast)
-        print(f"{time.perf_counter() - start:.1f} s", flush=True)
-    stage(executed, staged)
+def build(staged: Path = ROOT / "_stage", site: Path = ROOT / "_site") -> Path:
+    "Stage and render every notebook with its stored outputs."
+    stage(staged)
     render(staged, site)
     return site
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="execute with less data")
-    print(build(parser.parse_args().fast) / "index.html")
+    print(build() / "index.html")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import EcomoptError
-from .distill import layers_of
-from .quantize import Prepared, QuantizedEmbedding, pack, quantize_rows, unpack
+from .distill import transformer_layers
+from .quantize import PackedModule, QuantizedEmbedding, pack_bits, quantize_per_channel, unpack_bits
 from ..core.artifact import Rebuildable
 from ..core.generate import LanguageModel
 
@@ -36,7 +36,7 @@ def _prepared(self) -> tuple[torch.Tensor, torch.Tensor]:
     "Weights and scales as the kernel wants them, made once."
     if self.ready is None and self.bits == 8: self.ready = self.weight, self.scale.bfloat16()
     if self.ready is None:
-        integers, step, low = unpack(self.weight, 4, self.in_features).int() + 8, self.scale.float(), self.low.float()
+        integers, step, low = unpack_bits(self.weight, 4, self.in_features).int() + 8, self.scale.float(), self.low.float()
         numbers = torch.stack([step, low + 8 * step], -1).transpose(0, 1).contiguous()  # the kernel counts from 8
         self.ready = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1), numbers.bfloat16()
     return self.ready
@@ -45,7 +45,7 @@ def _prepared(self) -> tuple[torch.Tensor, torch.Tensor]:
 def _dequantized(self) -> torch.Tensor:  # bfloat16 [m, n]
     "Turn the integers back into numbers."
     if self.bits == 8: return self.weight.bfloat16() * self.scale.bfloat16()[:, None]
-    integers = unpack(self.weight, 4, self.in_features).unflatten(1, (-1, self.group)).bfloat16()
+    integers = unpack_bits(self.weight, 4, self.in_features).unflatten(1, (-1, self.group)).bfloat16()
     step, low = self.scale.float(), self.low.float()
     return torch.addcmul((low + 8 * step).bfloat16()[..., None], integers, step.bfloat16()[..., None]).flatten(1)
 
@@ -61,7 +61,7 @@ def _multiply(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m], 
     return y + self.bias if self.has_bias else y
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #590e5a50
-class WeightOnlyLinear(Prepared):
+class WeightOnlyLinear(PackedModule):
     "A linear layer with weights of 8 bits (a scale a row) or 4 (a step and a lowest value a group), multiplied in bfloat16."
     settings = "in_features", "out_features", "bits", "group", "has_bias"
     prepared, dequantized, forward = _prepared, _dequantized, _multiply
@@ -75,7 +75,7 @@ class WeightOnlyLinear(Prepared):
     ):
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group, self.has_bias = in_features, out_features, bits, group, has_bias
-        self.register_buffer("weight", pack(torch.zeros(out_features, in_features, dtype=torch.int8), bits))
+        self.register_buffer("weight", pack_bits(torch.zeros(out_features, in_features, dtype=torch.int8), bits))
         shape = (out_features,) if bits == 8 else (out_features, in_features // group)
         self.register_buffer("scale", torch.ones(shape, dtype=torch.float32 if bits == 8 else torch.float16))
         if bits == 4: self.register_buffer("low", torch.zeros(shape, dtype=torch.float16))
@@ -91,10 +91,10 @@ def weight_only_linear(
     W = torch.cat([m.weight.detach().float() for m in maps])
     if len(W) % 16 or W.shape[1] % group: bits = 8
     new = WeightOnlyLinear(W.shape[1], len(W), bits, group, any(m.bias is not None for m in maps))
-    if bits == 8: new.weight, new.scale = quantize_rows(W)
+    if bits == 8: new.weight, new.scale = quantize_per_channel(W)
     else:
         integers, step, low = quantize_groups(W, group)
-        new.weight, new.scale, new.low = pack(integers.to(torch.int8) - 8, 4), step.half(), low.half()
+        new.weight, new.scale, new.low = pack_bits(integers.to(torch.int8) - 8, 4), step.half(), low.half()
     if new.has_bias: new.bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in maps])
     return new
 
@@ -172,7 +172,7 @@ def _check(lm: LanguageModel, bits: int, group: int) -> None:
     if group not in (32, 64, 128, 256): raise EcomoptError(f"Groups of {group!r}.", "argument group", "Give 32, 64, 128 or 256.")
     if any(isinstance(m, (WeightOnlyLinear, QuantizedEmbedding)) for m in lm.model.modules()):
         raise EcomoptError("The model is quantized already.", "quantize_language_model", "Pass the float model.")
-    if not any(isinstance(m, nn.Linear) for m in layers_of(lm.model).modules()):
+    if not any(isinstance(m, nn.Linear) for m in transformer_layers(lm.model).modules()):
         raise EcomoptError(f"unsupported architecture {type(lm.model).__name__}: its maps are no nn.Linear.", "quantize_language_model", "Use a LLaMA-like model.")
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #1623fd02
@@ -184,7 +184,7 @@ def quantize_language_model(
     "Quantize the weights, and leave what they multiply in float (Frantar et al. 2023; Dettmers & Zettlemoyer 2023)."
     _check(lm, bits, group)
     model = copy.deepcopy(lm.model).float().cpu().eval().requires_grad_(False)
-    layers, words, head = layers_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    layers, words, head = transformer_layers(model), model.get_input_embeddings(), model.get_output_embeddings()
     for i, layer in enumerate(layers):
         if _fits(layer): layers[i] = _quantized_layer(layer, bits, group)
     for name, module in list(layers.named_modules()):
@@ -192,7 +192,7 @@ def quantize_language_model(
     new = weight_only_linear(head, bits=8)
     rows = QuantizedEmbedding(*words.weight.shape, bits=8, group=words.embedding_dim)
     tied = head.weight is words.weight
-    rows.weight, scale = (new.weight, new.scale) if tied else quantize_rows(words.weight.float())
+    rows.weight, scale = (new.weight, new.scale) if tied else quantize_per_channel(words.weight.float())
     rows.scale = scale[:, None].half()
     model.set_output_embeddings(new)
     model.set_input_embeddings(rows)

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from ecomopt import EcomoptError
-from ecomopt.compress.distill import layers_of
-from ecomopt.compress.shrink import _PARTS, FirstTokenLayer, ShrunkLinear, _taylor, _Units, shrink
+from ecomopt.compress.distill import transformer_layers
+from ecomopt.compress.structured import _PARTS, FirstTokenLayer, PrunedLinear, _taylor, _Units, prune_structured
 from ecomopt.core.artifact import load, save
 from ecomopt.core.data import Task
 from ecomopt.core.generate import LanguageModel
@@ -80,7 +80,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def silenced(classifier: Classifier, small: Classifier, units: dict[str, int]) -> Classifier:
     """The original with the columns of every unit that `small` lacks set to zero."""
     original = copy.deepcopy(classifier)
-    for old, new in zip(layers_of(original.model), layers_of(small.model)):
+    for old, new in zip(transformer_layers(original.model), transformer_layers(small.model)):
         for kind, total in units.items():
             first, *_, last = _PARTS[classifier.model.config.model_type][kind]
             rows = {tuple(row.tolist()) for row in new.get_submodule(first).weight}
@@ -101,7 +101,7 @@ def original(request):
 @pytest.mark.parametrize("heads, neurons", [(2, 40), ([4, 2, 2], [96, 1, 50])])
 def test_equals_the_original_with_those_units_silent(original, heads, neurons, importance):
     before = fingerprint(original)
-    small = shrink(original, heads=heads, neurons=neurons, importance=importance, task=task())
+    small = prune_structured(original, heads=heads, neurons=neurons, importance=importance, task=task())
     kind = original.model.config.model_type
     assert close(small.logits(TEXTS), silenced(original, small, {"heads": HEADS[kind], "neurons": 96}).logits(TEXTS))
     assert not torch.allclose(small.logits(TEXTS), original.logits(TEXTS), atol=1e-3)
@@ -109,25 +109,25 @@ def test_equals_the_original_with_those_units_silent(original, heads, neurons, i
 
 
 def test_shapes_really_shrink_and_differ(original):
-    small = shrink(original, heads=[4, 2, 2], neurons=[90, 40, 7])
+    small = prune_structured(original, heads=[4, 2, 2], neurons=[90, 40, 7])
     parts = _PARTS[original.model.config.model_type]
-    shapes = [[tuple(layer.get_submodule(parts[kind][i]).weight.shape) for kind in ("heads", "neurons") for i in (0, -1)] for layer in layers_of(small.model)]
+    shapes = [[tuple(layer.get_submodule(parts[kind][i]).weight.shape) for kind in ("heads", "neurons") for i in (0, -1)] for layer in transformer_layers(small.model)]
     assert shapes == [[(16 * h, 64), (64, 16 * h), (n, 64), (64, n)] for h, n in ((4, 90), (2, 40), (2, 7))]
     assert count_parameters(small.model) < count_parameters(original.model)
 
 
 def test_uniform_sizes_are_a_plain_model(original):
-    small = shrink(original, layers=2, neurons=40)
+    small = prune_structured(original, layers=2, neurons=40)
     plain = type(small.model)(small.model.config).eval()
     plain.load_state_dict(small.model.state_dict())
     assert close(Classifier(plain, small.tokenizer).logits(TEXTS), small.logits(TEXTS))
-    assert not any(isinstance(module, ShrunkLinear) for module in small.model.modules())
+    assert not any(isinstance(module, PrunedLinear) for module in small.model.modules())
 
 
 def test_shrinking_twice_is_shrinking(original):
-    twice = shrink(shrink(original, neurons=[96, 50, 30], heads=[4, 2, 2]), layers=[1, 2], neurons=[20, 10])
-    assert [layer.get_submodule(_PARTS[original.model.config.model_type]["neurons"][0]).out_features for layer in layers_of(twice.model)] == [20, 10]
-    assert close(shrink(shrink(original, neurons=[96, 50, 30]), neurons=30).logits(TEXTS), shrink(original, neurons=30).logits(TEXTS))
+    twice = prune_structured(prune_structured(original, neurons=[96, 50, 30], heads=[4, 2, 2]), layers=[1, 2], neurons=[20, 10])
+    assert [layer.get_submodule(_PARTS[original.model.config.model_type]["neurons"][0]).out_features for layer in transformer_layers(twice.model)] == [20, 10]
+    assert close(prune_structured(prune_structured(original, neurons=[96, 50, 30]), neurons=30).logits(TEXTS), prune_structured(original, neurons=30).logits(TEXTS))
 
 
 def test_taylor_finds_the_neuron_that_matters():
@@ -136,9 +136,9 @@ def test_taylor_finds_the_neuron_that_matters():
     dense = original.model.bert.encoder.layer[0].intermediate.dense
     dense.weight.data[:48] *= 3
     dense.bias.data[:48] = -1e4
-    small = shrink(original, neurons=[48, 96, 96], importance="taylor", task=task())
+    small = prune_structured(original, neurons=[48, 96, 96], importance="taylor", task=task())
     assert close(small.logits(TEXTS), original.logits(TEXTS))
-    assert not close(shrink(original, neurons=[48, 96, 96]).logits(TEXTS), original.logits(TEXTS))
+    assert not close(prune_structured(original, neurons=[48, 96, 96]).logits(TEXTS), original.logits(TEXTS))
 
 
 def test_taylor_is_the_mean_size_of_each_example_s_gradient():
@@ -150,7 +150,7 @@ def test_taylor_is_the_mean_size_of_each_example_s_gradient():
         original.model(**original.tokenizer(text, return_tensors="pt"), labels=torch.tensor([label])).loss.backward()
         expected += (last.weight * last.weight.grad).sum(0).abs() / 12
     plan = [_Units(1, "neurons", _PARTS["bert"]["neurons"], 96, 10)]
-    assert close(_taylor(original, layers_of(original.model), plan, task())[0], expected)
+    assert close(_taylor(original, transformer_layers(original.model), plan, task())[0], expected)
 
 
 def test_magnitude_is_not_fooled_by_scale():
@@ -160,18 +160,18 @@ def test_magnitude_is_not_fooled_by_scale():
     layer = scaled.model.bert.encoder.layer[0]
     layer.intermediate.dense.weight.data[::2] *= 10
     layer.output.dense.weight.data[:, ::2] /= 10
-    weights = [shrink(model, neurons=20).model.bert.encoder.layer[0].intermediate.dense.weight for model in (original, scaled)]
+    weights = [prune_structured(model, neurons=20).model.bert.encoder.layer[0].intermediate.dense.weight for model in (original, scaled)]
     assert close(*(F.normalize(weight) for weight in weights))
 
 
 def test_random_is_its_seed(original):
-    a, b, c = (fingerprint(shrink(original, neurons=10, importance="random", seed=seed)) for seed in (1, 1, 2))
+    a, b, c = (fingerprint(prune_structured(original, neurons=10, importance="random", seed=seed)) for seed in (1, 1, 2))
     assert a == b != c
 
 
 def test_macs_and_parameters_are_the_predicted_ones():
     heads, neurons, d, L, P = (4, 1, 2), (96, 33, 7), 64, 20, 512
-    small = shrink(tiny("bert"), heads=heads, neurons=neurons)
+    small = prune_structured(tiny("bert"), heads=heads, neurons=neurons)
     V = small.model.config.vocab_size
     assert count_macs(small.model, L) == sum(L * (4 * d * 16 * h + 2 * d * f) + 2 * L**2 * 16 * h for h, f in zip(heads, neurons)) + d**2 + 2 * d
     layers = sum(4 * d * 16 * h + 3 * 16 * h + d + 2 * d * f + f + d + 4 * d for h, f in zip(heads, neurons))
@@ -182,15 +182,15 @@ def test_macs_and_parameters_are_the_predicted_ones():
 
 @pytest.mark.parametrize("wanted, kept", [(3, [0, 1, 2]), (2, [0, 2]), (1, [0]), ([1, 2], [1, 2]), ((2,), [2])])
 def test_layers_are_the_ones_asked_for(original, wanted, kept):
-    small, parts = shrink(original, layers=wanted), _PARTS[original.model.config.model_type]
+    small, parts = prune_structured(original, layers=wanted), _PARTS[original.model.config.model_type]
     assert small.model.config.num_hidden_layers == len(kept)
-    for layer, i in zip(layers_of(small.model), kept, strict=True):
-        assert torch.equal(layer.get_submodule(parts["neurons"][0]).weight, layers_of(original.model)[i].get_submodule(parts["neurons"][0]).weight)
+    for layer, i in zip(transformer_layers(small.model), kept, strict=True):
+        assert torch.equal(layer.get_submodule(parts["neurons"][0]).weight, transformer_layers(original.model)[i].get_submodule(parts["neurons"][0]).weight)
 
 
 def test_a_shrunk_language_model_generates_as_without_a_cache():
     random = tiny("llama", AutoModelForCausalLM, tie_word_embeddings=True)
-    small = shrink(LanguageModel(random.model, random.tokenizer), layers=[1, 2], heads=[4, 2], neurons=[50, 20], texts=TEXTS)
+    small = prune_structured(LanguageModel(random.model, random.tokenizer), layers=[1, 2], heads=[4, 2], neurons=[50, 20], texts=TEXTS)
     inputs = small.tokenizer(TEXTS[:1], return_tensors="pt")
     with torch.inference_mode():
         cached, plain = (small.model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=use) for use in (True, False))
@@ -203,17 +203,17 @@ def test_a_shrunk_language_model_generates_as_without_a_cache():
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_first_token_changes_nothing(kind, attention):
     original = tiny(kind, attn_implementation=attention)
-    small = shrink(original, first_token=True)
-    assert isinstance(layers_of(small.model)[-1], FirstTokenLayer)
+    small = prune_structured(original, first_token=True)
+    assert isinstance(transformer_layers(small.model)[-1], FirstTokenLayer)
     for texts in (TEXTS, TEXTS[:1]): assert close(small.logits(texts), original.logits(texts))  # with padding, and with no mask
     assert count_macs(small.model) < count_macs(original.model)
-    assert shrink(small, first_token=True).model.state_dict().keys() == original.model.state_dict().keys()
+    assert prune_structured(small, first_token=True).model.state_dict().keys() == original.model.state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_first_token_has_the_same_gradients(kind):
     original = tiny(kind)
-    small = shrink(original, first_token=True)
+    small = prune_structured(original, first_token=True)
     gradients = []
     for classifier in (original, small):
         batch = classifier.tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -236,19 +236,19 @@ def test_first_token_finds_what_replaces_a_linear_map():
         def forward(self, x): return 2 * super().forward(x)
 
     original = tiny("bert")
-    small = shrink(original, first_token=True)
+    small = prune_structured(original, first_token=True)
     for name, module in list(original.model.bert.encoder.layer[-1].named_modules()):
         if not isinstance(module, nn.Linear): continue
         for classifier in (original, small):
-            old = layers_of(classifier.model)[-1].get_submodule(name)
+            old = transformer_layers(classifier.model)[-1].get_submodule(name)
             new = Doubled(old.in_features, old.out_features)
             new.load_state_dict(old.state_dict())
-            layers_of(classifier.model)[-1].set_submodule(name, new)
+            transformer_layers(classifier.model)[-1].set_submodule(name, new)
     assert close(small.logits(TEXTS), original.logits(TEXTS))
 
 
 def test_first_token_drops_out_in_training_only():
-    small = shrink(tiny("bert"), first_token=True)
+    small = prune_structured(tiny("bert"), first_token=True)
     batch = small.tokenizer(TEXTS, padding=True, return_tensors="pt")
     small.model.train()
     assert not torch.equal(small.model(**batch).logits, small.model(**batch).logits)
@@ -260,9 +260,9 @@ def test_first_token_drops_out_in_training_only():
 
 def test_loads_in_a_fresh_process(tmp_path):
     everything = {
-        "bert": shrink(tiny("bert"), layers=[0, 2], heads=[1, 3], neurons=[96, 5], texts=TEXTS, first_token=True),
-        "distilbert": shrink(tiny("distilbert"), heads=3, neurons=10, texts=TEXTS, first_token=True),
-        "llama": shrink(tiny("llama"), layers=2, heads=[2, 4], neurons=[1, 9], texts=TEXTS),
+        "bert": prune_structured(tiny("bert"), layers=[0, 2], heads=[1, 3], neurons=[96, 5], texts=TEXTS, first_token=True),
+        "distilbert": prune_structured(tiny("distilbert"), heads=3, neurons=10, texts=TEXTS, first_token=True),
+        "llama": prune_structured(tiny("llama"), layers=2, heads=[2, 4], neurons=[1, 9], texts=TEXTS),
     }
     for kind, small in everything.items(): save(small, tmp_path / kind)
     code = ("import json, sys, ecomopt; texts = json.loads(sys.argv[1]);"
@@ -273,14 +273,14 @@ def test_loads_in_a_fresh_process(tmp_path):
 
 
 def test_a_loaded_artifact_can_be_shrunk_again(tmp_path, original):
-    small = load(save(shrink(original, heads=[4, 2, 2], neurons=[90, 40, 7], texts=TEXTS), tmp_path / "small"))
-    assert shrink(small, layers=[1, 2], neurons=[3, 3]).logits(TEXTS).shape == (4, 2)
+    small = load(save(prune_structured(original, heads=[4, 2, 2], neurons=[90, 40, 7], texts=TEXTS), tmp_path / "small"))
+    assert prune_structured(small, layers=[1, 2], neurons=[3, 3]).logits(TEXTS).shape == (4, 2)
 
 
 # vocabulary
 
 def test_trimming_changes_no_answer(original):
-    small = shrink(original, texts=TEXTS)
+    small = prune_structured(original, texts=TEXTS)
     assert close(small.logits(TEXTS), original.logits(TEXTS))
     rows, before = (classifier.model.get_input_embeddings().weight.shape[0] for classifier in (small, original))
     assert rows == small.model.config.vocab_size == len(small.tokenizer) < before
@@ -288,14 +288,14 @@ def test_trimming_changes_no_answer(original):
 
 
 def test_special_tokens_are_found_under_their_new_ids(original):
-    small = shrink(original, texts=TEXTS)
+    small = prune_structured(original, texts=TEXTS)
     for name, token in original.tokenizer.special_tokens_map.items(): assert small.tokenizer.special_tokens_map[name] == token
     assert small.model.config.pad_token_id == small.tokenizer.pad_token_id == small.tokenizer.convert_tokens_to_ids(original.tokenizer.pad_token)
     padding = original.model.get_input_embeddings().padding_idx
     assert small.model.get_input_embeddings().padding_idx == (None if padding is None else small.tokenizer.pad_token_id)
 
 
-KINDS = {kind: (tiny(kind), shrink(tiny(kind), texts=TEXTS)) for kind in ("bert", "llama")}
+KINDS = {kind: (tiny(kind), prune_structured(tiny(kind), texts=TEXTS)) for kind in ("bert", "llama")}
 SENTENCES = st.lists(st.one_of(st.sampled_from([*WORDS, "house", "houses", "windows"]), st.text(LETTERS, max_size=8)), max_size=6).map(" ".join)
 
 
@@ -325,11 +325,11 @@ def test_a_trimmed_tokenizer_survives_saving(tmp_path, kind):
     again = load(save(small, tmp_path / "small"))
     assert small.tokenizer.is_fast and again.tokenizer.is_fast
     assert again.encode(texts) == small.encode(texts) and again.tokenizer.get_vocab() == small.tokenizer.get_vocab()
-    assert shrink(again, texts=texts[:1]).model.config.vocab_size <= small.model.config.vocab_size
+    assert prune_structured(again, texts=texts[:1]).model.config.vocab_size <= small.model.config.vocab_size
 
 
 def test_texts_may_be_any_iterable():
-    assert fingerprint(shrink(tiny("bert"), texts=(text for text in TEXTS))) == fingerprint(KINDS["bert"][1])
+    assert fingerprint(prune_structured(tiny("bert"), texts=(text for text in TEXTS))) == fingerprint(KINDS["bert"][1])
 
 
 # bad input
@@ -346,42 +346,42 @@ def test_texts_may_be_any_iterable():
 def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what):
     original = tiny("bert")
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))
-    with pytest.raises(EcomoptError, match=what): shrink(original, **wrong)
+    with pytest.raises(EcomoptError, match=what): prune_structured(original, **wrong)
 
 
 def test_heads_that_share_a_key_stay_together():
-    with pytest.raises(EcomoptError, match="do not divide into groups of 2"): shrink(tiny("llama"), heads=3)
+    with pytest.raises(EcomoptError, match="do not divide into groups of 2"): prune_structured(tiny("llama"), heads=3)
 
 
 def test_unsupported_models_are_refused():
     bert = tiny("bert")
     with pytest.raises(EcomoptError, match="unsupported architecture BertForTokenClassification"):
-        shrink(replace(bert, model=BertForTokenClassification(bert.model.config)), layers=1)
+        prune_structured(replace(bert, model=BertForTokenClassification(bert.model.config)), layers=1)
     with pytest.raises(EcomoptError, match="unsupported architecture GPT2"):
-        shrink(Classifier(AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9)), None))
-    with pytest.raises(EcomoptError, match="unsupported architecture LlamaFor.*last token"): shrink(tiny("llama"), first_token=True)
+        prune_structured(Classifier(AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9)), None))
+    with pytest.raises(EcomoptError, match="unsupported architecture LlamaFor.*last token"): prune_structured(tiny("llama"), first_token=True)
 
 
 def test_what_is_quantized_is_not_cut():
     original = tiny("bert")
     original.model.bert.encoder.layer[1].output.dense = nn.Identity()
-    with pytest.raises(EcomoptError, match="another kind"): shrink(original, neurons=9)
+    with pytest.raises(EcomoptError, match="another kind"): prune_structured(original, neurons=9)
     original.model.bert.embeddings.word_embeddings = nn.Identity()
-    with pytest.raises(EcomoptError, match="another kind"): shrink(original, texts=TEXTS)
+    with pytest.raises(EcomoptError, match="another kind"): prune_structured(original, texts=TEXTS)
 
 
 def test_taylor_wants_the_classifier_s_own_task():
     with pytest.raises(EcomoptError, match="does not predict bad, good"):
-        shrink(tiny("bert"), neurons=9, importance="taylor", task=replace(task(), labels=("bad", "good")))
+        prune_structured(tiny("bert"), neurons=9, importance="taylor", task=replace(task(), labels=("bad", "good")))
 
 
 def test_other_tokenizers_are_refused():
     backend = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
     with pytest.raises(EcomoptError, match="WordPiece and byte-pair"):
-        shrink(replace(tiny("bert"), tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend)), texts=TEXTS)
+        prune_structured(replace(tiny("bert"), tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend)), texts=TEXTS)
 
 
 def test_a_fingerprint_tells_special_modules():
     """The same weights in another structure are another model: caches must not mix them up."""
     model = tiny("bert")
-    assert fingerprint(shrink(model, first_token=True)) != fingerprint(model)
+    assert fingerprint(prune_structured(model, first_token=True)) != fingerprint(model)
