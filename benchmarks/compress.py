@@ -1,4 +1,4 @@
-"""The stack: this library's whole chain beside what others make of the same teacher, all models taking turns in one process."""
+"""The stack: this library's whole chain beside other tools on the same teacher, time-interleaved in one process."""
 import copy
 import json
 import re
@@ -22,20 +22,23 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.nn import functional as F
 
-from ecomopt import Classifier, Task, distill, finetune, load, load_task, quantize, save, prune_structured
+from ecomopt import Classifier, Task, distill, finetune, load, load_task, prune_structured, quantize, save
 from ecomopt.compress import quantize as ours
-from ecomopt.compress.quantize import QuantizedEmbedding, unpack
+from ecomopt.compress.quantize import QuantizedEmbedding, unpack_bits
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.measure import quality, time_interleaved
 from tools.bench import report
 
 SEEDS, THREADS, ROUNDS, CALLS, CALIBRATION = [0, 1, 2, 3, 4], 2, 7, 40, 304
 NOTES = (
-    f"Reviews, test split, {THREADS} threads, tokenization included. Five teachers (MiniLM, four epochs), each with all that is made of it; what was chosen "
-    "was chosen on the validation split. Accuracy: mean, smallest and largest of the seeds; interval: Wilson, 95 %, of that mean on one test set; "
-    "retained: of the same seed's teacher, mean. Throughput and p50: median of the seeds; × of both: ratio to the float32 teacher, in turns in one "
-    f"process ({ROUNDS} rounds of all sentences in batches of 32, and of {CALLS} sentences one by one), median and range of the seeds. MB: all files that "
-    "are needed, tokenizer included. Gain of the runtime alone: the teacher in OpenVINO, float32. Gain of the compression alone: the student in float32.")
+    f"Reviews, test split, {THREADS} threads, tokenization included. Five teachers (MiniLM, four epochs), each with "
+    "all models made from it; hyperparameters were selected on the validation split. Accuracy: mean, smallest and "
+    "largest of the seeds; interval: Wilson, 95 %, of that mean on one test set; retained: of the same seed's "
+    "teacher, mean. Throughput and p50: median of the seeds; × of both: ratio to the float32 teacher, "
+    f"time-interleaved in one process ({ROUNDS} rounds of all sentences in batches of 32, and of {CALLS} sentences "
+    "one by one), median and range of the seeds. MB: all files that are needed, tokenizer included. Gain of the "
+    "runtime alone: the teacher in OpenVINO, float32. Gain of the compression alone: the student in float32."
+)
 
 
 class Foreign(nn.Module):
@@ -64,14 +67,17 @@ class Logits(nn.Module):
 def batches(classifier: Classifier, texts: list[str], size: int = 8) -> list[dict]:
     """Padded batches to trace or to calibrate with."""
     ids = classifier.encode(texts)
-    padded = [classifier.tokenizer.pad({"input_ids": ids[i:i + size]}, return_tensors="pt") for i in range(0, len(ids), size)]
+    padded = [
+        classifier.tokenizer.pad({"input_ids": ids[i : i + size]}, return_tensors="pt")
+        for i in range(0, len(ids), size)
+    ]
     return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
 
 
 def torch_dynamic(classifier: Classifier, texts: list[str], folder: Path) -> Callable:
     """`torch.ao.quantization.quantize_dynamic`, all linear layers."""
     model = Logits(torch.ao.quantization.quantize_dynamic(copy.deepcopy(classifier.model), {nn.Linear}, torch.qint8))
-    torch.save(model.state_dict(), folder / "model.pt")  # written to be weighed, never read
+    torch.save(model.state_dict(), folder / "model.pt")  # for its size only
     return model
 
 
@@ -101,10 +107,16 @@ def onnx_int8(classifier: Classifier, texts: list[str], folder: Path) -> Callabl
     return lambda ids, mask: session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
 
 
-def openvino_float(classifier: Classifier, texts: list[str], folder: Path, change: Callable = lambda model: model) -> Callable:
+def openvino_float(
+    classifier: Classifier, texts: list[str], folder: Path, change: Callable = lambda model: model
+) -> Callable:
     """OpenVINO in float32, or what `change` makes of it."""
     example = batches(classifier, texts[:8])[0]
-    openvino.save_model(change(openvino.convert_model(Logits(classifier.model), example_input=example)), folder / "model.xml", compress_to_fp16=False)
+    openvino.save_model(
+        change(openvino.convert_model(Logits(classifier.model), example_input=example)),
+        folder / "model.xml",
+        compress_to_fp16=False,
+    )
     settings = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     run = openvino.Core().compile_model(folder / "model.xml", "CPU", settings)
     return lambda ids, mask: run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
@@ -113,7 +125,9 @@ def openvino_float(classifier: Classifier, texts: list[str], folder: Path, chang
 def openvino_int8(classifier: Classifier, texts: list[str], folder: Path) -> Callable:
     """OpenVINO and NNCF: static int8, calibrated on sentences of the train split."""
     data = nncf.Dataset(batches(classifier, texts[:CALIBRATION]))
-    return openvino_float(classifier, texts, folder, lambda model: nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER))
+    return openvino_float(
+        classifier, texts, folder, lambda model: nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER)
+    )
 
 
 def foreign(classifier: Classifier, make: Callable, texts: list[str]) -> tuple[Classifier, int]:
@@ -132,9 +146,9 @@ def artifact(classifier: Classifier) -> tuple[Classifier, int]:
         return load(path), disk_bytes(path)
 
 
-def plain_linear(self, x: torch.Tensor, add: torch.Tensor | None = None, own: bool = False) -> torch.Tensor:
-    """What `Int8Linear.multiply` computes, of an input in float and in operations that every runtime has."""
-    y = F.linear(x, unpack(self.weight, self.bits, self.in_features) * self.scale[:, None], self.bias)
+def plain_linear(self, x: torch.Tensor, add: torch.Tensor | None = None, inplace: bool = False) -> torch.Tensor:
+    """What `Int8Linear.integer_matmul` computes, of a float input and in operations that every runtime has."""
+    y = F.linear(x, unpack_bits(self.weight, self.bits, self.in_features) * self.scale[:, None], self.bias)
     if self.activation == "gelu": y = F.gelu(y)
     return y if add is None else y + add
 
@@ -145,17 +159,22 @@ def ours_openvino(classifier: Classifier, texts: list[str], folder: Path) -> Cal
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedEmbedding):
             model.set_submodule(name, nn.Embedding.from_pretrained(module(torch.arange(module.num_embeddings))))
-    with patch.object(ours.Int8Linear, "read", lambda self, x, out=None: x), patch.object(ours.Int8Linear, "multiply", plain_linear):
+    with (
+        patch.object(ours.Int8Linear, "quantize_input", lambda self, x, out=None: x),
+        patch.object(ours.Int8Linear, "integer_matmul", plain_linear),
+    ):
         return openvino_int8(replace(classifier, model=model), texts, folder)
 
 
 def student_of(teacher: Classifier, task: Task, seed: int) -> Classifier:
-    """Ours, in float: fewer layers, neurons and heads, the words that occur twice, embeddings in four bits; then distilled."""
+    """Ours, in float: fewer layers, neurons and heads, words that occur twice, 4-bit embeddings; then distilled."""
     shop = [*task.train["text"], *task.valid["text"], *task.transfer["text"]]
     words = Counter(word for text in shop for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     start = prune_structured(teacher, layers=4, neurons=256, heads=4, first_token=True, importance="taylor", task=task,
         texts=[word for word, count in words.items() if count > 1])
-    return distill(teacher, task, quantize(start, embedding_bits=4, linear=False), augment=60_000, learning_rate=1e-4, seed=seed)
+    return distill(
+        teacher, task, quantize(start, embedding_bits=4, linear=False), augment=60_000, learning_rate=1e-4, seed=seed
+    )
 
 
 def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:
@@ -182,7 +201,10 @@ def measured(seed: int) -> list[dict]:
     """One row a model: accuracy, speed beside the teacher's, bytes."""
     models, first = models_of(seed), "float32 eager (teacher)"
     classifiers = {name: model for name, (model, _) in models.items()}
-    accuracy = {name: quality(c.logits(texts).argmax(1).numpy(), actual, task.labels)["accuracy"] for name, c in classifiers.items()}
+    accuracy = {
+        name: quality(c.logits(texts).argmax(1).numpy(), actual, task.labels)["accuracy"]
+        for name, c in classifiers.items()
+    }
     rounds, _ = time_interleaved(classifiers, texts, ROUNDS, CALLS, 32, seed)
     rates, p50 = rounds["sentences/s"], rounds["p50 ms"]
     return [{"model": name, "accuracy": accuracy[name], "retained": accuracy[name] / accuracy[first],

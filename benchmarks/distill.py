@@ -10,14 +10,17 @@ from transformers import DataCollatorWithPadding, Trainer, get_linear_schedule_w
 
 from ecomopt import DistillationTrainer, finetune, load_task
 from ecomopt.compress.distill import keep_layers, teacher_logits
-from ecomopt.core.train import supports_bfloat16, run, tokenized, training_arguments
+from ecomopt.core.train import run, supports_bfloat16, tokenized, training_arguments
 from tools.bench import report
 
 ROUNDS, STEPS, BATCH = 7, 30, 16
-NOTES = (f"Three layers of the review classifier as the student, batches of {BATCH}, two threads. Step: {STEPS} steps with the teacher answering "
-         "in each, by `DistillationTrainer` and by a loop of plain torch with the same batches, clipping, optimizer and schedule; start and end of the "
-         f"training included. Epoch: the same {STEPS} steps with cached teacher logits, and plain fine-tuning on the labels by `Trainer`. "
-         f"The two take turns, {ROUNDS} rounds after one that does not count; ratios are medians and middle halves of the rounds.")
+NOTES = (
+    f"Three layers of the review classifier as the student, batches of {BATCH}, two threads. Step: {STEPS} steps "
+    "with a forward pass of the teacher in each, by `DistillationTrainer` and by a loop of plain torch with the "
+    "same batches, clipping, optimizer and schedule; start and end of the training included. Epoch: the same "
+    f"{STEPS} steps with cached teacher logits, and plain fine-tuning on the labels by `Trainer`. Time-interleaved, "
+    f"{ROUNDS} rounds after one warm-up round; ratios are medians and interquartile ranges of the rounds."
+)
 
 torch.set_num_threads(2)
 task = load_task("reviews").sample(train=STEPS * BATCH, transfer=0)
@@ -47,9 +50,11 @@ def loop() -> float:
     for batch in torch.utils.data.DataLoader(rows, BATCH, collate_fn=collate):
         labels = batch.pop("labels")
         with torch.autocast("cpu", torch.bfloat16, enabled=supports_bfloat16()):
-            with torch.no_grad(): answers = teacher.model(**batch).logits.float()
+            with torch.no_grad(): targets = teacher.model(**batch).logits.float()
             logits = model(**batch).logits.float()
-        soft = F.kl_div(F.log_softmax(logits / 2, -1), F.log_softmax(answers / 2, -1), reduction="batchmean", log_target=True)
+        soft = F.kl_div(
+            F.log_softmax(logits / 2, -1), F.log_softmax(targets / 2, -1), reduction="batchmean", log_target=True
+        )
         (0.9 * 4 * soft + 0.1 * F.cross_entropy(logits, labels)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -66,7 +71,15 @@ ways = {
 }
 seconds = pd.DataFrame([{name: way() for name, way in ways.items()} for _ in range(ROUNDS + 1)][1:])
 names = list(ways)
-ratios = pd.DataFrame({name: seconds[name] / seconds[names[i - i % 2]] for i, name in enumerate(names)})  # to the first of its pair
-table = pd.DataFrame({"what": names, "ms a step": 1000 * seconds.median().values / STEPS, "ratio": ratios.median().values,
-    "lower quartile": ratios.quantile(0.25).values, "upper quartile": ratios.quantile(0.75).values}).round(3)
+# each is divided by the first of its pair
+ratios = pd.DataFrame({name: seconds[name] / seconds[names[i - i % 2]] for i, name in enumerate(names)})
+table = pd.DataFrame(
+    {
+        "what": names,
+        "ms a step": 1000 * seconds.median().values / STEPS,
+        "ratio": ratios.median().values,
+        "lower quartile": ratios.quantile(0.25).values,
+        "upper quartile": ratios.quantile(0.75).values,
+    }
+).round(3)
 report("distill", table, [0], NOTES)

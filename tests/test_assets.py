@@ -1,4 +1,4 @@
-"""Assets: safe unpacking, whole or absent folders, fetching once and offline afterwards, and a clear error for each fault."""
+"""Assets: safe unpacking, atomic folders, fetching once and offline afterwards, and a clear message for each error."""
 import errno
 import io
 import os
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ecomopt import EcomoptError
 from ecomopt.core import assets
-from ecomopt.core.assets import ASSETS, assets_table, cache_dir, cached, fetch, unpack, write_beside
+from ecomopt.core.assets import ASSETS, _atomic_folder, assets_table, cache_dir, cached, fetch, unpack
 from ecomopt.optimize.cli import app
 
 NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
@@ -76,11 +76,20 @@ zip_link = zipfile.ZipInfo("link")
 zip_link.external_attr = (stat.S_IFLNK | 0o777) << 16
 
 
-@pytest.mark.parametrize("make, bad", [
-    (tar, ("../out", b"x")), (tar, ("/out", b"x")), (tar, ("a/../../out", b"x")),
-    (tar, link("link", "/etc/passwd")), (tar, link("link", "good", tarfile.LNKTYPE)), (tar, link("pipe", "", tarfile.FIFOTYPE)),
-    (zipped, ("../out", b"x")), (zipped, ("/out", b"x")), (zipped, (zip_link, b"/etc/passwd")),
-])
+@pytest.mark.parametrize(
+    "make, bad",
+    [
+        (tar, ("../out", b"x")),
+        (tar, ("/out", b"x")),
+        (tar, ("a/../../out", b"x")),
+        (tar, link("link", "/etc/passwd")),
+        (tar, link("link", "good", tarfile.LNKTYPE)),
+        (tar, link("pipe", "", tarfile.FIFOTYPE)),
+        (zipped, ("../out", b"x")),
+        (zipped, ("/out", b"x")),
+        (zipped, (zip_link, b"/etc/passwd")),
+    ],
+)
 def test_an_unsafe_archive_is_refused(tmp_path, make, bad):
     (tmp_path / "into").mkdir()
     with pytest.raises(EcomoptError, match="unsafe entry"):
@@ -114,7 +123,7 @@ def test_no_name_writes_outside(tmp_path_factory, name):
     assert {path.name for path in folder.iterdir()} == {"into", "any.tar"}
 
 
-# write_beside and cached
+# _atomic_folder and cached
 
 def test_work_is_done_once_for_each_key(cache):
     runs = []
@@ -154,10 +163,10 @@ def test_a_full_disk_is_a_clear_error(cache):
 
 
 def test_a_full_disk_without_an_errno_is_the_same_error(tmp_path, monkeypatch):
-    with pytest.raises(EcomoptError, match="disk is full"), write_beside(tmp_path / "x"):
+    with pytest.raises(EcomoptError, match="disk is full"), _atomic_folder(tmp_path / "x"):
         raise RuntimeError("I/O error: No space left on device (os error 28)")  # safetensors
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
-    with pytest.raises(EcomoptError, match="disk is full"), write_beside(tmp_path / "x"):
+    with pytest.raises(EcomoptError, match="disk is full"), _atomic_folder(tmp_path / "x"):
         raise RuntimeError("unexpected pos 576 vs 534")  # torch.save
 
 
@@ -190,7 +199,9 @@ def test_a_killed_build_is_forgotten(cache):
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(cache):
-    run = lambda _: subprocess.run([sys.executable, "-c", BUILD, "1"], capture_output=True, text=True, check=True).stdout
+    run = lambda _: (
+        subprocess.run([sys.executable, "-c", BUILD, "1"], capture_output=True, text=True, check=True).stdout
+    )
     with ThreadPoolExecutor() as pool: said = list(pool.map(run, range(2)))
     assert sorted(said) == ["", "started\n"]
 
@@ -206,7 +217,9 @@ def test_the_assets_are_pinned_and_credited():
 @pytest.mark.parametrize("name", ASSETS)
 def test_fetch_gives_the_listed_files(name):
     folder = fetch(name)
-    assert {file.name: file.stat().st_size for file in folder.iterdir()} == {file: size for file, (size, _) in ASSETS[name].files.items()}
+    assert {file.name: file.stat().st_size for file in folder.iterdir()} == {
+        file: size for file, (size, _) in ASSETS[name].files.items()
+    }
 
 
 def test_a_cached_asset_needs_no_network(monkeypatch):
@@ -245,13 +258,23 @@ def test_an_archive_with_another_hash_is_refused(cache, monkeypatch, tmp_path):
     assert folders(cache / "assets") == []
 
 
-@pytest.mark.parametrize("damage", [
-    lambda file: file.write_bytes(file.read_bytes()[:-1]), lambda file: file.write_bytes(b"x" + file.read_bytes()[1:]), Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(b"x" + file.read_bytes()[1:]),
+        Path.unlink,
+    ],
+)
 def test_a_damaged_asset_is_named(reviews, cache, damage):
     file = shutil.copytree(reviews, cache / "assets" / reviews.name) / "tweets_GroundTruth.txt"
     damage(file)
     with pytest.raises(EcomoptError, match="missing|damaged") as error: fetch("reviews")
-    assert error.value.where == str(file) and "Delete" in error.value.do and "ecomopt assets --fetch reviews" in error.value.do
+    assert (
+        error.value.where == str(file)
+        and "Delete" in error.value.do
+        and "ecomopt assets --fetch reviews" in error.value.do
+    )
 
 
 def test_a_disk_that_fills_while_fetching(cache, monkeypatch):
@@ -264,7 +287,9 @@ def test_a_disk_that_fills_while_fetching(cache, monkeypatch):
 
 def test_a_disk_that_pip_finds_full(cache, monkeypatch):
     said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
-    monkeypatch.setattr(assets.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", said))
+    monkeypatch.setattr(
+        assets.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", said)
+    )
     with pytest.raises(EcomoptError, match="disk is full"): fetch("reviews")
 
 

@@ -15,9 +15,9 @@ from ecomopt.compress.calibrate import (
     METHODS,
     Histogram,
     StaticLinear,
+    activation_histograms,
     calibrate,
-    fixed_range,
-    input_histograms,
+    static_range,
 )
 from ecomopt.compress.quantize import Int8Linear, quantize
 from ecomopt.compress.structured import prune_structured
@@ -48,63 +48,66 @@ def quantized():
 
 @given(st.integers(0, 999), st.floats(-50, 50), st.floats(1e-3, 1e3), st.floats(1, 200))
 @settings(deadline=None, max_examples=60)
-def test_every_range_holds_zero_and_lies_inside_of_what_was_seen(seed, middle, size, outlier):
+def test_every_range_contains_zero_and_lies_inside_of_the_histogram(seed, middle, size, outlier):
     x = (torch.randn(500, generator=torch.Generator().manual_seed(seed)) + middle) * size
     x[0] *= outlier
     seen = histogram(x)
     width = (seen.high - seen.low) / len(seen.counts)
     for method in METHODS:
-        low, high = fixed_range(seen, method)
+        low, high = static_range(seen, method)
         assert seen.low - width <= low <= 0 <= high <= seen.high + width and low < high
-    assert fixed_range(seen, "minmax") == (seen.low, seen.high)
+    assert static_range(seen, "minmax") == (seen.low, seen.high)
 
 
 @given(st.integers(0, 999), st.floats(1, 100))
 @settings(deadline=None, max_examples=40)
-def test_the_least_error_is_not_worse_than_that_of_the_whole_range(seed, outlier):
+def test_the_mse_range_is_not_worse_than_the_whole_one(seed, outlier):
     x = torch.randn(4000, generator=torch.Generator().manual_seed(seed))
     x[0] *= outlier
     seen = histogram(x)
-    assert squared_error(x, *fixed_range(seen, "mse")) <= 1.05 * squared_error(x, seen.low, seen.high)
+    assert squared_error(x, *static_range(seen, "mse")) <= 1.05 * squared_error(x, seen.low, seen.high)
 
 
 @pytest.mark.parametrize("percentile", [51, 90, 99, 99.9])
 def test_a_percentile_leaves_out_what_it_says(percentile):
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    low, high = fixed_range(histogram(x), "percentile", percentile)
+    low, high = static_range(histogram(x), "percentile", percentile)
     inside = 100 * ((x >= low) & (x <= high)).float().mean().item()
     assert percentile <= inside + 1e-3 and inside < percentile + 0.6  # whole bins
 
 
 def test_all_of_the_numbers_is_the_whole_range():
     seen = histogram(torch.randn(1000))
-    assert fixed_range(seen, "percentile", 100) == pytest.approx((seen.low, seen.high))
+    assert static_range(seen, "percentile", 100) == pytest.approx((seen.low, seen.high))
 
 
 def test_the_histograms_count_every_number_once(quantized):
     one = ["the battery is awful"]
     tokens = len(quantized.encode(one)[0])
-    seen = input_histograms(quantized, one, bins=64)
+    seen = activation_histograms(quantized, one, bins=64)
     assert seen.keys() == int8_layers(quantized).keys()
     for name, layer in int8_layers(quantized).items():
         rows = tokens if "encoder" in name else 1  # pooler and classifier read one token
         assert seen[name].counts.sum() == rows * layer.in_features and seen[name].low <= 0 <= seen[name].high
 
 
-def test_watching_leaves_nothing_behind(quantized):
-    before, keys = quantized.logits(TEXTS), [set(vars(layer)) for layer in int8_layers(quantized).values()]
-    input_histograms(quantized, TEXTS)
-    assert torch.equal(quantized.logits(TEXTS), before) and [set(vars(layer)) for layer in int8_layers(quantized).values()] == keys
+def test_observing_leaves_nothing_behind(quantized):
+    def attributes(): return [set(vars(layer)) for layer in int8_layers(quantized).values()]
+    before, keys = quantized.logits(TEXTS), attributes()
+    activation_histograms(quantized, TEXTS)
+    assert torch.equal(quantized.logits(TEXTS), before) and attributes() == keys
 
 
 def test_a_text_that_fails_leaves_nothing_behind(quantized):
-    with pytest.raises(Exception): input_histograms(quantized, [None])
-    assert not any("read" in vars(layer) for layer in int8_layers(quantized).values())
+    with pytest.raises(Exception): activation_histograms(quantized, [None])
+    assert not any("quantize_input" in vars(layer) for layer in int8_layers(quantized).values())
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", [tiny.classifier, tiny.distilbert, lambda: prune_structured(tiny.classifier(), first_token=True)])
-def test_the_model_says_nearly_the_same_and_the_given_one_is_untouched(make, method):
+@pytest.mark.parametrize(
+    "make", [tiny.classifier, tiny.distilbert, lambda: prune_structured(tiny.classifier(), first_token=True)]
+)
+def test_the_logits_stay_nearly_the_same_and_the_given_model_is_untouched(make, method):
     small = quantize(make())
     before, same = small.logits(TEXTS), fingerprint(small)
     static = calibrate(small, TEXTS, method)
@@ -113,7 +116,7 @@ def test_the_model_says_nearly_the_same_and_the_given_one_is_untouched(make, met
     assert fingerprint(small) == same and not any(isinstance(m, StaticLinear) for m in small.model.modules())
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(quantized):
+def test_logits_do_not_depend_on_the_rest_of_the_batch(quantized):
     static = calibrate(quantized, TEXTS)
     short, long = "good", "the battery is awful and it broke slow slow slow"
     assert torch.allclose(static.logits([short]), static.logits([short, long])[:1], atol=1e-4)
@@ -124,7 +127,7 @@ def test_what_lies_outside_is_clipped_and_the_input_is_left_alone():
     layer.range.copy_(torch.tensor([-1.0, 2.0]))
     x = torch.linspace(-5, 5, 16).view(2, 8)
     kept = x.clone()
-    integers, scale, zero = layer.read(x)
+    integers, scale, zero = layer.quantize_input(x)
     assert ((integers.float() - zero) * scale - x.clamp(-1, 2)).abs().max() <= scale / 2 * 1.001
     assert torch.equal(x, kept)
 
@@ -133,17 +136,18 @@ def test_what_lies_outside_is_clipped_and_the_input_is_left_alone():
 def test_huge_inputs_go_to_the_ends(x):
     layer = StaticLinear(8, 4)
     layer.range.copy_(torch.tensor([-1.0, 2.0]))
-    integers, scale, zero = layer.read(x)
+    integers, scale, zero = layer.quantize_input(x)
     assert torch.allclose((integers.float() - zero) * scale, x.clamp(-1, 2), atol=scale)
 
 
-def test_where_only_zeros_were_seen_the_range_stays_dynamic():
+def test_where_all_inputs_are_zero_the_range_stays_dynamic():
     small = quantize(tiny.classifier())
     layer = small.model.bert.encoder.layer[1]
     layer.norm1.weight.data.zero_()
     layer.norm1.bias.data.zero_()  # the input of `up` is zero
     static = calibrate(small, TEXTS)
-    assert type(static.model.bert.encoder.layer[1].up) is Int8Linear and type(static.model.bert.encoder.layer[1].qkv) is StaticLinear
+    layer = static.model.bert.encoder.layer[1]
+    assert type(layer.up) is Int8Linear and type(layer.qkv) is StaticLinear
     assert static.logits(TEXTS).isfinite().all()
 
 
@@ -154,15 +158,24 @@ def test_an_iterable_of_texts_will_do(quantized):
 def test_loads_in_a_fresh_process(tmp_path, quantized):
     static = calibrate(quantized, TEXTS)
     save(static, tmp_path / "static")
-    code = "import json, sys, ecomopt; print(json.dumps(ecomopt.load(sys.argv[1]).logits(json.loads(sys.argv[2])).tolist()))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "static"), json.dumps(TEXTS)], capture_output=True, text=True, check=True)
+    code = (
+        "import json, sys, ecomopt\n"
+        "print(json.dumps(ecomopt.load(sys.argv[1]).logits(json.loads(sys.argv[2])).tolist()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "static"), json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert torch.allclose(torch.tensor(json.loads(done.stdout)), static.logits(TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong, what", [
-    (dict(texts=[]), "no calibration texts"), (dict(texts="one text"), "no calibration texts"), (dict(texts=[None]), "no calibration texts"),
-    (dict(method="median"), "'median'"), (dict(percentile=50), "percentile is 50"), (dict(percentile=101), "percentile is 101"),
-    (dict(percentile=float("nan")), "percentile is nan"), (dict(quantized=None), "no int8 classifier"),
+    (dict(texts=[]), "no calibration texts"),
+    (dict(texts="one text"), "no calibration texts"),
+    (dict(texts=[None]), "no calibration texts"),
+    (dict(method="median"), "'median'"),
+    (dict(percentile=50), "percentile is 50"),
+    (dict(percentile=101), "percentile is 101"),
+    (dict(percentile=float("nan")), "percentile is nan"),
+    (dict(quantized=None), "no int8 classifier"),
 ])
 def test_bad_input_is_refused_before_any_work(monkeypatch, quantized, wrong, what):
     monkeypatch.setattr(copy, "deepcopy", lambda model: pytest.fail("work was begun"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecomopt import EcomoptError
-from ecomopt.core.data import Task, connected_components, load_task, normalize, split
+from ecomopt.core.data import Task, connected_components, load_task, normalize, stratified_group_split
 
 FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
 
@@ -38,37 +38,60 @@ def parts(task):
 
 def crossings(task):
     """What is in more than one split."""
-    knows = [{("group", group) for group in part["group"]} | {("text", normalize(text)) for text in part["text"]} for part in parts(task).values()]
-    return (knows[0] & knows[1]) | (knows[0] & knows[2]) | (knows[1] & knows[2])
+    train, valid, test = (
+        {("group", group) for group in part["group"]} | {("text", normalize(text)) for text in part["text"]}
+        for part in parts(task).values()
+    )
+    return train & valid | train & test | valid & test
 
 
 # splits
 
-some_rows = st.lists(st.tuples(st.sampled_from([f" Text  {i}" for i in range(30)] + [f"text {i}" for i in range(30)]), st.sampled_from("abc"),
-                               st.integers(0, 40).map(str)), min_size=9, max_size=80)
+some_texts = [f" Text  {i}" for i in range(30)] + [f"text {i}" for i in range(30)]
+some_row = st.tuples(st.sampled_from(some_texts), st.sampled_from("abc"), st.integers(0, 40).map(str))
+some_rows = st.lists(some_row, min_size=9, max_size=80)
 
 
 @settings(deadline=None, max_examples=200)
 @given(some_rows, st.integers(0, 3))
 def test_no_group_and_no_copy_crosses(rows, seed):
     table = pd.DataFrame(rows, columns=["text", "label", "group"])
-    try: table["split"] = split(table, FRACTIONS, seed)
-    except EcomoptError as error: assert "No split is possible" in error.what; return
+    try: table["split"] = stratified_group_split(table, FRACTIONS, seed)
+    except EcomoptError as error:
+        assert error.what.startswith("No split ")
+        return
     table["text"] = table.text.map(normalize)
     for column in ("text", "group"): assert (table.groupby(column).split.nunique() == 1).all()
     assert (table.groupby("label").split.nunique() == 3).all()
-    assert split(table, FRACTIONS, seed) == list(table.split)  # deterministic
+    assert stratified_group_split(table, FRACTIONS, seed) == list(table.split)  # deterministic
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(3, 60), min_size=2, max_size=5), st.integers(0, 9))
-def test_rows_that_know_nobody_are_stratified_exactly(sizes, seed):
+def test_independent_rows_are_stratified_exactly(sizes, seed):
     labels = [f"class {c}" for c, size in enumerate(sizes) for _ in range(size)]
     table = pd.DataFrame({"text": map(str, range(len(labels))), "label": labels, "group": map(str, range(len(labels)))})
-    table["split"] = split(table, FRACTIONS, seed)
+    table["split"] = stratified_group_split(table, FRACTIONS, seed)
     counts = table.groupby(["label", "split"]).size().unstack()
     for c, size in enumerate(sizes):
-        assert dict(counts.loc[f"class {c}", ["valid", "test"]]) == {"valid": max(1, round(0.1 * size)), "test": max(1, round(0.2 * size))}
+        expected = {"valid": max(1, round(0.1 * size)), "test": max(1, round(0.2 * size))}
+        assert dict(counts.loc[f"class {c}", ["valid", "test"]]) == expected
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 4, 1), (4, 4, 2), (4, 3, 3)])
+def test_a_class_of_as_many_components_as_splits_is_in_each(sizes):
+    groups = [f"group {i}" for i, size in enumerate(sizes) for _ in range(size)]
+    table = rows_of(len(groups) + 20).assign(group=groups + [str(i) for i in range(20)])
+    table["label"] = ["a"] * len(groups) + ["b"] * 20
+    table["split"] = stratified_group_split(table, FRACTIONS)
+    assert (table.groupby("label").split.nunique() == 3).all() and (table.groupby("group").split.nunique() == 1).all()
+
+
+def test_a_class_of_fewer_components_than_splits_has_no_split():
+    table = rows_of(30).assign(group=["x"] * 5 + ["y"] * 5 + [str(i) for i in range(20)], label=["a"] * 10 + ["b"] * 20)
+    refused(
+        lambda: stratified_group_split(table, FRACTIONS), "No split is possible for the class a: rows tied together"
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=25))
@@ -88,10 +111,16 @@ def test_a_text_and_a_group_of_one_name_are_two_things():
 def test_groups_keep_the_balance():
     random = np.random.default_rng(0)
     group = random.integers(0, 200, 3000)
-    table = pd.DataFrame({"text": map(str, range(3000)), "group": group.astype(str), "label": np.where(random.random(3000) < 0.2, "rare", "common")})
-    table["split"] = split(table, FRACTIONS)
-    shares = table.groupby("split").label.value_counts(normalize=True).unstack()
-    assert (shares.rare - 0.2).abs().max() < 0.03
+    table = pd.DataFrame(
+        {
+            "text": map(str, range(3000)),
+            "group": group.astype(str),
+            "label": np.where(random.random(3000) < 0.2, "rare", "common"),
+        }
+    )
+    table["split"] = stratified_group_split(table, FRACTIONS)
+    fractions = table.groupby("split").label.value_counts(normalize=True).unstack()
+    assert (fractions.rare - 0.2).abs().max() < 0.03
     assert (table.split.value_counts(normalize=True) - pd.Series(FRACTIONS)).abs().max() < 0.01
 
 
@@ -125,7 +154,12 @@ def test_the_seed_decides(reviews):
 
 def test_the_fingerprint_is_of_the_content(reviews):
     assert replace(reviews, name="other").fingerprint == reviews.fingerprint
-    changes = [{"labels": ("a", "b")}, {"metric": "f1"}, {"train": reviews.train.select(range(9))}, {"transfer": reviews.transfer.select([])}]
+    changes = [
+        {"labels": ("a", "b")},
+        {"metric": "f1"},
+        {"train": reviews.train.select(range(9))},
+        {"transfer": reviews.transfer.select([])},
+    ]
     assert len({replace(reviews, **change).fingerprint for change in changes} | {reviews.fingerprint}) == 5
 
 
@@ -152,7 +186,9 @@ def test_a_sample_loses_no_class(tmp_path):
 
 
 def test_a_sample_of_more_than_all_is_all(reviews):
-    assert reviews.sample(train=10**6, transfer=10**6).fingerprint == reviews.fingerprint == reviews.sample().fingerprint
+    assert (
+        reviews.sample(train=10**6, transfer=10**6).fingerprint == reviews.fingerprint == reviews.sample().fingerprint
+    )
     assert len(reviews.sample(transfer=0).transfer) == 0
 
 
@@ -177,7 +213,10 @@ def test_every_kind_of_file_gives_the_same_task(tmp_path, suffix, write):
     task = Task.from_csv(tmp_path / f"mine{suffix}", text="text", label="label", group="shop")
     assert task.name == "mine" and task.labels == tuple(f"class {i}" for i in range(4)) and crossings(task) == set()
     assert {text for part in parts(task).values() for text in part["text"]} == set(table.text)
-    assert set(task.train.column_names) == {"text", "label", "group"} and set(task.transfer.column_names) == {"text", "domain"}
+    assert set(task.train.column_names) == {"text", "label", "group"} and set(task.transfer.column_names) == {
+        "text",
+        "domain",
+    }
     for part in parts(task).values():  # the label stays with its text
         for row in part: assert task.labels[row["label"]] == table.set_index("text").label[row["text"]]
 
@@ -225,13 +264,28 @@ def refused(action, what, where="", do=""):
 
 
 def test_a_wrong_column(tmp_path):
-    refused(lambda: task_of(rows_of(10), tmp_path, text="txt"), "no column 'txt'", "mine.csv (columns: text, label)", "Did you mean 'text'?")
-    refused(lambda: task_of(rows_of(10), tmp_path, group="customer"), "no column 'customer'", "mine.csv", "Name one of these")
+    refused(
+        lambda: task_of(rows_of(10), tmp_path, text="txt"),
+        "no column 'txt'",
+        "mine.csv (columns: text, label)",
+        "Did you mean 'text'?",
+    )
+    refused(
+        lambda: task_of(rows_of(10), tmp_path, group="customer"),
+        "no column 'customer'",
+        "mine.csv",
+        "Name one of these",
+    )
 
 
 def test_an_unknown_file_type_and_a_missing_file(tmp_path):
     (tmp_path / "mine.xlsx").write_text("")
-    refused(lambda: Task.from_csv(tmp_path / "mine.xlsx", text="a", label="b"), "'.xlsx' is not known", "mine.xlsx", ".csv, .tsv, .parquet, .jsonl")
+    refused(
+        lambda: Task.from_csv(tmp_path / "mine.xlsx", text="a", label="b"),
+        "'.xlsx' is not known",
+        "mine.xlsx",
+        ".csv, .tsv, .parquet, .jsonl",
+    )
     refused(lambda: Task.from_csv(tmp_path / "none.csv", text="a", label="b"), "cannot be read", "none.csv")
     (tmp_path / "folder.csv").mkdir()
     refused(lambda: Task.from_csv(tmp_path / "folder.csv", text="a", label="b"), "cannot be read", "folder.csv")
@@ -241,11 +295,26 @@ def test_an_unknown_file_type_and_a_missing_file(tmp_path):
 def test_a_file_that_is_not_utf8(tmp_path, suffix):
     line = '{"text": "für", "label": "a"}\n' if suffix == ".jsonl" else "text,label\nfür,a\n"
     (tmp_path / f"old{suffix}").write_bytes(line.encode("latin-1") * 20)
-    refused(lambda: Task.from_csv(tmp_path / f"old{suffix}", text="text", label="label"), "not UTF-8", f"old{suffix}", "iconv")
+    refused(
+        lambda: Task.from_csv(tmp_path / f"old{suffix}", text="text", label="label"),
+        "not UTF-8",
+        f"old{suffix}",
+        "iconv",
+    )
 
 
-@pytest.mark.parametrize("suffix, content", [
-    (".csv", b""), (".csv", b'text,label\na,b\na,b,c,d\n'), (".jsonl", b'{"text": '), (".jsonl", b"[1, 2]\n3"), (".jsonl", b""), (".parquet", b"PAR1 no"), (".csv", b'text,label\n"open')])
+@pytest.mark.parametrize(
+    "suffix, content",
+    [
+        (".csv", b""),
+        (".csv", b'text,label\na,b\na,b,c,d\n'),
+        (".jsonl", b'{"text": '),
+        (".jsonl", b"[1, 2]\n3"),
+        (".jsonl", b""),
+        (".parquet", b"PAR1 no"),
+        (".csv", b'text,label\n"open'),
+    ],
+)
 def test_a_file_that_is_not_what_it_says(tmp_path, suffix, content):
     (tmp_path / f"bad{suffix}").write_bytes(content)
     with pytest.raises(EcomoptError) as error: Task.from_csv(tmp_path / f"bad{suffix}", text="text", label="label")
@@ -262,16 +331,28 @@ def test_empty_cells_are_named_by_row(tmp_path, column, empty, suffix):
     {".csv": lambda: table.to_csv(path, index=False), ".parquet": lambda: table.to_parquet(path),
      ".jsonl": lambda: table.to_json(path, lines=True, orient="records")}[suffix]()
     role = {"shop": "group"}.get(column, column)
-    refused(lambda: Task.from_csv(path, text="text", label="label", group="shop"), f"2 of 20 rows have an empty {role}: rows 3, 8.", f"column {column!r}")
+    refused(
+        lambda: Task.from_csv(path, text="text", label="label", group="shop"),
+        f"2 of 20 rows have an empty {role}: rows 3, 8.",
+        f"column {column!r}",
+    )
 
 
 def test_many_empty_texts_are_counted(tmp_path):
-    refused(lambda: task_of(rows_of(20).assign(text=""), tmp_path), "20 of 20 rows have an empty text: rows 1, 2, 3, 4, 5 and 15 more.")
+    refused(
+        lambda: task_of(rows_of(20).assign(text=""), tmp_path),
+        "20 of 20 rows have an empty text: rows 1, 2, 3, 4, 5 and 15 more.",
+    )
 
 
 @pytest.mark.parametrize("ratings", [[1.0, 3.7], [0.5, 2], ["3.25", "4.0"], ["inf", "1.0"]])
 def test_ratings_are_not_classes(tmp_path, ratings):
-    refused(lambda: task_of(rows_of(20).assign(label=ratings * 10), tmp_path), "numbers with fractions", "column 'label'", "round")
+    refused(
+        lambda: task_of(rows_of(20).assign(label=ratings * 10), tmp_path),
+        "numbers with fractions",
+        "column 'label'",
+        "round",
+    )
 
 
 def test_a_single_class_or_no_rows(tmp_path):
@@ -280,13 +361,24 @@ def test_a_single_class_or_no_rows(tmp_path):
 
 
 def test_a_class_with_one_row(tmp_path):
-    refused(lambda: task_of(rows_of(20).assign(label=["a"] * 19 + ["b"]), tmp_path), "for the class b: fewer than 3 rows", "mine.csv", "add rows")
+    refused(
+        lambda: task_of(rows_of(20).assign(label=["a"] * 19 + ["b"]), tmp_path),
+        "for the class b: fewer than 3 rows",
+        "mine.csv",
+        "add rows",
+    )
 
 
 def test_one_group_for_all(tmp_path):
-    refused(lambda: task_of(rows_of(20).assign(shop="s"), tmp_path, group="shop"), "tied together by groups and copies (up to 20 of all 20)", "mine.csv")
+    refused(
+        lambda: task_of(rows_of(20).assign(shop="s"), tmp_path, group="shop"),
+        "tied together by groups and copies (up to 20 of all 20)",
+        "mine.csv",
+    )
 
 
-@pytest.mark.parametrize("shares", [{"valid": 0.5, "test": 0.5}, {"valid": -0.1}, {"test": 20}, {"test": float("nan")}])
-def test_shares_that_leave_nothing(tmp_path, shares):
-    refused(lambda: task_of(rows_of(20), tmp_path, **shares), "no rows to train on", "test=")
+@pytest.mark.parametrize(
+    "fractions", [{"valid": 0.5, "test": 0.5}, {"valid": -0.1}, {"test": 20}, {"test": float("nan")}]
+)
+def test_fractions_that_leave_nothing(tmp_path, fractions):
+    refused(lambda: task_of(rows_of(20), tmp_path, **fractions), "no rows to train on", "test=")

@@ -41,7 +41,10 @@ def test_a_worker_may_be_made_on_the_spot(monkeypatch):
     """With what it uses, in today's environment, and with the threads it is given."""
     monkeypatch.setenv("SHOP", "open")
     factor = 3
-    assert launch(lambda rank: [factor * rank, os.environ["SHOP"], torch.get_num_threads()], 2, threads=2) == [[0, "open", 2], [3, "open", 2]]
+    assert launch(lambda rank: [factor * rank, os.environ["SHOP"], torch.get_num_threads()], 2, threads=2) == [
+        [0, "open", 2],
+        [3, "open", 2],
+    ]
 
 
 def run_out(rank, worker, broken):
@@ -58,7 +61,8 @@ def raise_it(): raise ValueError("no such sentence")
     (die, "died: SIGKILL"), (leave, "died: exit code 7"), (raise_it, "failed: ValueError: no such sentence"),
 ])
 def test_the_process_that_failed_first_is_named(worker, message, broken):
-    with pytest.raises(EcomoptError, match=f"Process {broken} of 2 {message}") as caught: launch(run_out, 2, worker, broken)
+    with pytest.raises(EcomoptError, match=f"Process {broken} of 2 {message}") as caught:
+        launch(run_out, 2, worker, broken)
     if worker is raise_it: assert "in raise_it" in str(caught.value.__cause__)
 
 
@@ -69,7 +73,8 @@ def left_behind() -> list[psutil.Process]:
 
 def test_nobody_waits_for_ever_and_nothing_is_left_behind():
     start = time.monotonic()
-    with pytest.raises(EcomoptError, match="2 of 2 processes did not finish in 1 seconds"): launch(run_out, 2, signal.pause, 1, timeout=1)
+    with pytest.raises(EcomoptError, match="2 of 2 processes did not finish in 1 seconds"):
+        launch(run_out, 2, signal.pause, 1, timeout=1)
     assert time.monotonic() - start < 60  # not the half hour that torch would wait
     assert left_behind() == []
 
@@ -81,7 +86,13 @@ def test_bad_results_and_bad_numbers():
 
 # the sampler
 
-@given(rows=st.integers(0, 60), processes=st.integers(1, 9), seed=st.integers(0, 5), epoch=st.integers(0, 5), batch=st.integers(1, 7))
+@given(
+    rows=st.integers(0, 60),
+    processes=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+    batch=st.integers(1, 7),
+)
 def test_every_row_once_in_the_batches_that_one_process_would_take(rows, processes, seed, epoch, batch):
     def part(rank, of):
         sampler = ShardSampler(rows, rank, of, seed)
@@ -131,9 +142,13 @@ class Stop(TrainerCallback):
 
 def trained(rank, folder, cache, **settings):
     os.environ["ECOMOPT_CACHE"] = str(folder / cache)
-    settings = dict(epochs=3, batch_size=20, bf16=False, save_strategy="steps", save_steps=5, callbacks=[Stop()], **settings)
+    settings = dict(
+        epochs=3, batch_size=20, bf16=False, save_strategy="steps", save_steps=5, callbacks=[Stop()], **settings
+    )
     model = finetune(folder / "model", Task.from_csv(folder / "shop.csv", "text", "label"), **settings).model
-    return parameters_to_vector(model.parameters()).detach(), [str(path) for path in (folder / cache / "trainer").glob("*")]
+    return parameters_to_vector(model.parameters()).detach(), [
+        str(path) for path in (folder / cache / "trainer").glob("*")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +174,8 @@ def test_a_finished_training_is_found_by_all(shop):
 
 
 def test_a_batch_that_cannot_be_shared(shop):
-    def odd(rank, folder): finetune(folder / "model", Task.from_csv(folder / "shop.csv", "text", "label"), batch_size=15)
+    def odd(rank, folder):
+        finetune(folder / "model", Task.from_csv(folder / "shop.csv", "text", "label"), batch_size=15)
     with pytest.raises(EcomoptError, match="2 processes cannot share a batch of 15"): launch(odd, 2, shop)
 
 
@@ -172,12 +188,38 @@ def torchrun(folder, *words):
 
 
 def test_a_worker_killed_in_the_middle_is_restarted_and_the_model_is_the_same(shop, undisturbed):
-    run = torchrun(shop, "--standalone", "--max-restarts", "1", "-m", "ecomopt.core.train", "finetune", "model", "shop.csv", "--out", "out",
-        "--epochs", "3", "--batch-size", "20", "--bf16", "false", "--save-steps", "5")
+    run = torchrun(
+        shop,
+        "--standalone",
+        "--max-restarts",
+        "1",
+        "-m",
+        "ecomopt.core.train",
+        "finetune",
+        "model",
+        "shop.csv",
+        "--out",
+        "out",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "20",
+        "--bf16",
+        "false",
+        "--save-steps",
+        "5",
+    )
     end = time.monotonic() + 200
-    while not (checkpoints := list(shop.glob("cache/trainer/*/checkpoint-5/complete"))) and time.monotonic() < end and run.poll() is None: time.sleep(0.01)
+    while (
+        not (checkpoints := list(shop.glob("cache/trainer/*/checkpoint-5/complete")))
+        and time.monotonic() < end
+        and run.poll() is None
+    ):
+        time.sleep(0.01)
     assert checkpoints, run.communicate(timeout=60)[1][-2000:]
-    next(child for child in psutil.Process(run.pid).children(recursive=True) if child.environ().get("RANK") == "1").kill()
+    next(
+        child for child in psutil.Process(run.pid).children(recursive=True) if child.environ().get("RANK") == "1"
+    ).kill()
     messages = run.communicate(timeout=200)[1]
     assert run.returncode == 0, messages[-2000:]
     assert "exitcode: -9" in messages and "Training goes on from" in messages
@@ -189,6 +231,17 @@ def test_a_port_in_use_is_said_at_once(shop):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        run = torchrun(shop, "--master-port", str(taken.getsockname()[1]), "-m", "ecomopt.core.train", "finetune", "model", "shop.csv", "--out", "never")
+        run = torchrun(
+            shop,
+            "--master-port",
+            str(taken.getsockname()[1]),
+            "-m",
+            "ecomopt.core.train",
+            "finetune",
+            "model",
+            "shop.csv",
+            "--out",
+            "never",
+        )
         messages = run.communicate(timeout=100)[1]
     assert run.returncode and "EADDRINUSE" in messages

@@ -17,11 +17,11 @@ from ecomopt.compress import distill as module
 from ecomopt.compress.distill import (
     DistillationTrainer,
     attention_loss,
-    ngram_augment,
     distill,
     distillation_loss,
     hidden_loss,
     keep_layers,
+    ngram_augment,
     teacher_logits,
 )
 from ecomopt.compress.quantize import quantize
@@ -48,14 +48,19 @@ def test_kl_is_never_negative_and_zero_for_equal_logits(pairs, temperature):
 @given(st.floats(0.5, 20))
 @settings(deadline=None)
 def test_the_gradient_is_the_one_derived(temperature):
-    teacher, student = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    teacher, student = (
+        torch.randn(1, 4, dtype=torch.float64),
+        torch.randn(1, 4, dtype=torch.float64, requires_grad=True),
+    )
     distillation_loss(student, teacher, torch.tensor([-100]), temperature, 1.0).backward()
     expected = temperature * (F.softmax(student / temperature, -1) - F.softmax(teacher / temperature, -1))
     assert torch.allclose(student.grad, expected.detach(), atol=1e-10)
 
 
 def arguments(batch_size=16, **others):
-    return training_arguments(1, 1e-2, batch_size, 0, bf16=False, optim="sgd", train_sampling_strategy="sequential", **others)
+    return training_arguments(
+        1, 1e-2, batch_size, 0, bf16=False, optim="sgd", train_sampling_strategy="sequential", **others
+    )
 
 
 def no_dropout(classifier):
@@ -75,14 +80,18 @@ def weights(classifier): return torch.cat([p.detach().flatten() for p in classif
 def trained(args, data=None, trainer=DistillationTrainer, **kwargs):
     student = no_dropout(tiny.classifier(seed=1, layers=1))
     data = rows(student) if data is None else data
-    trainer(student.model, args, train_dataset=data, data_collator=DataCollatorWithPadding(student.tokenizer), **kwargs).train()
+    trainer(
+        student.model, args, train_dataset=data, data_collator=DataCollatorWithPadding(student.tokenizer), **kwargs
+    ).train()
     return weights(student)
 
 
 def test_alpha_0_is_the_plain_trainer():
     labelled = rows(tiny.classifier(), unlabelled=False)
     plain = trained(arguments(), labelled, Trainer)
-    assert torch.allclose(trained(arguments(), labelled, teacher_model=tiny.classifier().model, alpha=0.0), plain, atol=1e-7)
+    assert torch.allclose(
+        trained(arguments(), labelled, teacher_model=tiny.classifier().model, alpha=0.0), plain, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -94,7 +103,15 @@ def test_one_batch_of_32_is_four_of_8(alpha):
 
 def test_two_processes_are_one(tmp_path):
     one = trained(arguments(24), teacher_model=tiny.classifier().model)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", Path(__file__).with_name("two_processes.py"), tmp_path]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        Path(__file__).with_name("two_processes.py"),
+        tmp_path,
+    ]
     done = subprocess.run([*map(str, launch)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_file(tmp_path / "weights.safetensors")["weights"]
@@ -102,7 +119,7 @@ def test_two_processes_are_one(tmp_path):
 
 
 def taught(task):
-    """A classifier that knows the task."""
+    """A classifier that is trained on the task."""
     teacher = no_dropout(tiny.classifier())
     Trainer(teacher.model, training_arguments(8, 3e-3, 16, 0, bf16=False), train_dataset=tokenized(teacher, task.train),
         data_collator=DataCollatorWithPadding(teacher.tokenizer)).train()
@@ -117,21 +134,27 @@ def test_a_distilbert_learns_from_a_bert():
     assert student.predict(task.test["text"]) == teacher.predict(task.test["text"])
 
 
-INSIDE = dict(hidden=1.0, cosine=0.5, attention=2.0)
+MATCHING = dict(hidden=1.0, cosine=0.5, attention=2.0)
 
 
-def looked_into(**sizes):
+def eager(**sizes):
     model = no_dropout(tiny.classifier(**sizes)).model
     model.set_attn_implementation("eager")
     return model
 
 
 @pytest.mark.parametrize("hidden", [64, 32])
-def test_matching_inside_is_the_same_for_one_batch_and_for_four(hidden):
-    def weights_after(batch_size, pieces):
-        student = looked_into(seed=1, layers=2, hidden=hidden)
-        trainer = DistillationTrainer(student, arguments(batch_size, gradient_accumulation_steps=pieces), teacher_model=looked_into(), **INSIDE,
-            train_dataset=rows(tiny.classifier()), data_collator=DataCollatorWithPadding(tiny.tokenizer()))
+def test_matching_is_the_same_for_one_batch_and_for_four(hidden):
+    def weights_after(batch_size, micro_batches):
+        student = eager(seed=1, layers=2, hidden=hidden)
+        trainer = DistillationTrainer(
+            student,
+            arguments(batch_size, gradient_accumulation_steps=micro_batches),
+            teacher_model=eager(),
+            **MATCHING,
+            train_dataset=rows(tiny.classifier()),
+            data_collator=DataCollatorWithPadding(tiny.tokenizer()),
+        )
         torch.manual_seed(0)
         if hidden != 64: torch.nn.init.normal_(trainer.projection.weight)
         trainer.train()
@@ -141,11 +164,18 @@ def test_matching_inside_is_the_same_for_one_batch_and_for_four(hidden):
     assert torch.allclose(weights_after(32, 1), weights_after(8, 4), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", INSIDE)
-def test_matching_inside_brings_the_states_closer(name):
-    student, teacher, rows_ = looked_into(seed=1, layers=3), looked_into(), rows(tiny.classifier())
-    trainer = DistillationTrainer(student, training_arguments(8, 1e-2, 16, 0, bf16=False), teacher_model=teacher, alpha=1.0, train_dataset=rows_,
-        data_collator=DataCollatorWithPadding(tiny.tokenizer()), **{name: 1.0})
+@pytest.mark.parametrize("name", MATCHING)
+def test_matching_reduces_its_loss(name):
+    student, teacher, rows_ = eager(seed=1, layers=3), eager(), rows(tiny.classifier())
+    trainer = DistillationTrainer(
+        student,
+        training_arguments(8, 1e-2, 16, 0, bf16=False),
+        teacher_model=teacher,
+        alpha=1.0,
+        train_dataset=rows_,
+        data_collator=DataCollatorWithPadding(tiny.tokenizer()),
+        **{name: 1.0},
+    )
     batch = trainer.data_collator([{k: rows_[i][k] for k in ("input_ids", "labels")} for i in range(8)])
     before = trainer.compute_loss(student, batch).item()
     trainer.train()
@@ -154,16 +184,17 @@ def test_matching_inside_brings_the_states_closer(name):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_equal_states_cost_nothing_and_padding_does_not_count(cosine):
+def test_equal_states_have_no_loss_and_padding_does_not_count(cosine):
     states, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
     other = states.clone()
     other[1, 2:] = 7.0
     assert hidden_loss(states, other, mask, cosine).abs() < 1e-6
-    looks = torch.randn(2, 4, 5, 5).softmax(-1)
-    assert attention_loss(looks, looks, mask).abs() < 1e-6 and attention_loss(looks.flip(-1), looks[:, :2], mask) >= 0
+    attention = torch.randn(2, 4, 5, 5).softmax(-1)
+    assert attention_loss(attention, attention, mask).abs() < 1e-6
+    assert attention_loss(attention.flip(-1), attention[:, :2], mask) >= 0
 
 
-def test_a_teacher_must_be_there_to_be_looked_into():
+def test_hidden_states_need_a_teacher_model():
     data = rows(tiny.classifier()).add_column("teacher_logits", [[0.0, 0.0]] * 48)
     with pytest.raises(EcomoptError, match="no teacher"):
         DistillationTrainer(tiny.classifier().model, arguments(), train_dataset=data, hidden=1.0)
@@ -179,16 +210,21 @@ def test_one_token_alone_cannot_be_matched(weight):
 def test_other_tokens_cannot_be_matched():
     student = tiny.classifier(layers=1)
     student.tokenizer.add_tokens(["battery2"])
-    with pytest.raises(EcomoptError, match="different tokens"): distill(tiny.classifier(), tiny.task(), student, hidden=1.0)
+    with pytest.raises(EcomoptError, match="different tokens"):
+        distill(tiny.classifier(), tiny.task(), student, hidden=1.0)
 
 
-@given(st.lists(st.text("ab ", min_size=1).filter(str.strip), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 3))
+@given(
+    st.lists(st.text("ab ", min_size=1).filter(str.strip), min_size=1, max_size=5),
+    st.integers(0, 20),
+    st.integers(0, 3),
+)
 @settings(deadline=None)
-def test_pieces_are_the_shop_s_own_words(texts, n, seed):
-    pieces = ngram_augment(texts, n, seed)
-    assert len(pieces) == n and pieces == ngram_augment(texts, n, seed)
-    assert {word for piece in pieces for word in piece.split()} <= {word for text in texts for word in text.split()}
-    assert all(piece.strip() for piece in pieces)
+def test_augmented_texts_are_in_the_shop_s_own_words(texts, n, seed):
+    augmented = ngram_augment(texts, n, seed)
+    assert len(augmented) == n and augmented == ngram_augment(texts, n, seed)
+    assert {word for text in augmented for word in text.split()} <= {word for text in texts for word in text.split()}
+    assert all(text.strip() for text in augmented)
 
 
 def test_quantized_embeddings_stay_while_the_rest_learns(tmp_path):
@@ -217,8 +253,12 @@ def test_padding_changes_nothing():
     short = student.tokenizer(["good battery"], return_tensors="pt")
     padded = student.tokenizer(["good battery"], return_tensors="pt", padding="max_length", max_length=20)
     trainer = DistillationTrainer(student.model, arguments(), teacher_model=teacher.model)
-    losses = [trainer.compute_loss(student.model, {k: v for k, v in batch.items() if k != "token_type_ids"} | {"labels": torch.tensor([1])})
-              for batch in (short, padded)]
+    losses = [
+        trainer.compute_loss(
+            student.model, {k: v for k, v in batch.items() if k != "token_type_ids"} | {"labels": torch.tensor([1])}
+        )
+        for batch in (short, padded)
+    ]
     assert torch.isclose(*losses, atol=1e-6)
 
 
@@ -236,14 +276,16 @@ def test_a_finished_distillation_is_not_repeated(monkeypatch):
     assert fingerprint(distill(teacher, task, 2)) == fingerprint(first)
 
 
-def test_the_teacher_is_left_alone():
+def test_the_teacher_is_not_changed():
     task, teacher = tiny.task(), tiny.classifier()
     before = fingerprint(teacher)
     distill(teacher, task, teacher, epochs=1)
     assert fingerprint(teacher) == before
 
 
-@pytest.mark.parametrize("layers, kept", [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), (6, [0, 1, 2, 3, 4, 5]), ([1, 4], [1, 4])])
+@pytest.mark.parametrize(
+    "layers, kept", [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), (6, [0, 1, 2, 3, 4, 5]), ([1, 4], [1, 4])]
+)
 def test_which_layers_are_kept(layers, kept):
     teacher = tiny.classifier(layers=6)
     student = keep_layers(teacher, layers)
@@ -257,9 +299,22 @@ def test_impossible_layers(wrong):
     with pytest.raises(EcomoptError): keep_layers(tiny.classifier(layers=3), wrong)
 
 
-@pytest.mark.parametrize("wrong", [dict(alpha=-0.1), dict(alpha=1.1), dict(alpha=float("nan")), dict(hidden=-1), dict(attention=float("nan")), dict(temperature=0), dict(temperature=-1),
-    dict(temperature=float("inf")), dict(temperature="2"), dict(alpha=None)])
-def test_impossible_settings(wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(alpha=-0.1),
+        dict(alpha=1.1),
+        dict(alpha=float("nan")),
+        dict(hidden=-1),
+        dict(attention=float("nan")),
+        dict(temperature=0),
+        dict(temperature=-1),
+        dict(temperature=float("inf")),
+        dict(temperature="2"),
+        dict(alpha=None),
+    ],
+)
+def test_impossible_arguments(wrong):
     with pytest.raises(EcomoptError): distill(tiny.classifier(), tiny.task(), 1, **wrong)
 
 
@@ -273,9 +328,11 @@ def test_other_labels():
 def test_other_vocabularies():
     student = tiny.classifier()
     student.model.resize_token_embeddings(200)
-    with pytest.raises(EcomoptError, match="vocab_size"): DistillationTrainer(student.model, arguments(), teacher_model=tiny.classifier().model)
+    with pytest.raises(EcomoptError, match="vocab_size"):
+        DistillationTrainer(student.model, arguments(), teacher_model=tiny.classifier().model)
 
 
 def test_a_teacher_is_needed():
     student = tiny.classifier()
-    with pytest.raises(EcomoptError, match="no teacher"): DistillationTrainer(student.model, arguments(), train_dataset=rows(student))
+    with pytest.raises(EcomoptError, match="no teacher"):
+        DistillationTrainer(student.model, arguments(), train_dataset=rows(student))

@@ -15,7 +15,9 @@ from ecomopt.accelerate.model_parallel import _check_split, allocated_bytes, pre
 SIZES = {
     "bert": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96),
     "distilbert": dict(dim=64, n_layers=2, n_heads=4, hidden_dim=96),
-    "llama": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96),
+    "llama": dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96
+    ),
 }
 IDS = torch.arange(1, 13).reshape(2, 6)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
@@ -23,7 +25,9 @@ MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 
 def model(kind, auto=AutoModelForSequenceClassification, **others):
     torch.manual_seed(0)
-    return auto.from_config(AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, **{**SIZES[kind], **others})).eval()
+    return auto.from_config(
+        AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, **{**SIZES[kind], **others})
+    ).eval()
 
 
 def run(rank, original, prepare, *args):
@@ -84,14 +88,22 @@ def test_frozen_weights_have_neither_gradient_nor_optimizer():
     everything = predict_bytes(original, 2)
     original.get_input_embeddings().requires_grad_(False)
     frozen = predict_bytes(original, 2)
-    assert frozen["weights"] == everything["weights"] and everything["gradients"] - frozen["gradients"] == 50 * 64 * 4 / 2
+    assert (
+        frozen["weights"] == everything["weights"] and everything["gradients"] - frozen["gradients"] == 50 * 64 * 4 / 2
+    )
     assert launch(run, 2, original, shard)[0][2] == frozen
 
 
-@pytest.mark.parametrize("kind, processes, parts, message", [
-    ("bert", 3, ["heads"], "3 processes cannot share 4 heads"), ("bert", 5, ["neurons"], "5 processes cannot share 96 neurons"),
-    ("llama", 4, ["heads"], "4 processes cannot share 2 key heads"), ("bert", 2, ["layers"], "nothing to split in"), ("bert", 2, [], "nothing to split in"),
-])
+@pytest.mark.parametrize(
+    "kind, processes, parts, message",
+    [
+        ("bert", 3, ["heads"], "3 processes cannot share 4 heads"),
+        ("bert", 5, ["neurons"], "5 processes cannot share 96 neurons"),
+        ("llama", 4, ["heads"], "4 processes cannot share 2 key heads"),
+        ("bert", 2, ["layers"], "nothing to split in"),
+        ("bert", 2, [], "nothing to split in"),
+    ],
+)
 def test_what_cannot_be_shared_is_said_before_anything_starts(kind, processes, parts, message):
     with pytest.raises(EcomoptError, match=message): _check_split(model(kind), processes, parts)
 
@@ -100,11 +112,14 @@ def test_the_way_out_is_named_and_is_one():
     original = model("bert", num_attention_heads=1)
     with pytest.raises(EcomoptError, match=r"or parts=\['neurons'\]"): _check_split(original, 2)
     _check_split(original, 2, ["neurons"])
-    with pytest.raises(EcomoptError, match="Process . of 2 failed: EcomoptError: 2 processes cannot share 1 heads"): launch(run, 2, original, tensor_parallel)
+    with pytest.raises(EcomoptError, match="Process . of 2 failed: EcomoptError: 2 processes cannot share 1 heads"):
+        launch(run, 2, original, tensor_parallel)
 
 
 def test_other_models_are_refused():
-    other = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9))
+    other = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9)
+    )
     with pytest.raises(EcomoptError, match="GPT2.* cannot be split"): _check_split(other, 2)
 
 

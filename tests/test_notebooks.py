@@ -89,7 +89,7 @@ def test_an_edit_during_the_run_is_not_overwritten(tmp_path):
 
 
 def test_a_changed_module_makes_all_that_import_it_stale(tmp_path, monkeypatch):
-    """Also through other modules: 12_train imports core.data, which imports core.assets. Comments of nbdev do not count."""
+    """Also through other modules: 12_train imports core.data, which imports core.assets. nbdev's comments do not."""
     nb = nbformat.read(run.NBS / "core" / "12_train.ipynb", 4)
     files, before = {}, run.modules_key(nb)
     real = Path.read_text

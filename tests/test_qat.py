@@ -1,4 +1,4 @@
-"""Quantization-aware training: the rounding that is felt is the rounding that is stored, also after training and loading."""
+"""Quantization-aware training: stored weights are the trained ones, also after training and loading."""
 import json
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from torch import nn
 
 from ecomopt import EcomoptError
 from ecomopt.compress.distill import distill
-from ecomopt.compress.qat import FakeQuantLinear, best_scale, fake_quant_linear, prepare_qat, fake_quantize_per_channel
+from ecomopt.compress.qat import FakeQuantLinear, fake_quant_linear, fake_quantize_per_channel, mse_scale, prepare_qat
 from ecomopt.compress.quantize import Int8Linear, int8_linear, quantize, unpack_bits
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
@@ -26,9 +26,9 @@ def weights(rows: int, columns: int, size: float, seed: int) -> torch.Tensor:
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(2, 8), st.floats(1e-3, 1e3), st.integers(0, 999))
 @settings(deadline=None)
-def test_few_values_a_second_rounding_changes_nothing_and_the_best_step_is_best(rows, columns, bits, size, seed):
+def test_few_levels_a_second_rounding_changes_nothing_and_the_mse_scale_is_best(rows, columns, bits, size, seed):
     W, limit = weights(rows, columns, size, seed), 2 ** (bits - 1) - 1
-    scale = best_scale(W, bits)
+    scale = mse_scale(W, bits)
     once = fake_quantize_per_channel(W, scale, bits)
     assert all(len(row.unique()) <= 2 * limit + 1 for row in once)
     assert torch.allclose(fake_quantize_per_channel(once, scale, bits), once, atol=1e-5 * size)
@@ -39,7 +39,7 @@ def test_few_values_a_second_rounding_changes_nothing_and_the_best_step_is_best(
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_gradient_passes_where_nothing_is_clipped(bits):
     W = weights(6, 30, 1.0, 0).requires_grad_()
-    limit, scale = 2 ** (bits - 1) - 1, best_scale(W.detach(), bits)
+    limit, scale = 2 ** (bits - 1) - 1, mse_scale(W.detach(), bits)
     upstream = weights(6, 30, 1.0, 1)
     (fake_quantize_per_channel(W, scale, bits) * upstream).sum().backward()
     inside = (W.detach() / scale[:, None]).round().abs() <= limit
@@ -62,7 +62,11 @@ def test_a_row_of_zeros():
     assert torch.isfinite(int8_linear(fake_quant_linear(linear, 2))(torch.randn(3, 8))).all()
 
 
-@pytest.mark.parametrize("start", [tiny.classifier, tiny.distilbert, lambda: prune_structured(tiny.classifier(), heads=2, neurons=[50, 20, 30])])
+@pytest.mark.parametrize("start", [
+    tiny.classifier,
+    tiny.distilbert,
+    lambda: prune_structured(tiny.classifier(), heads=2, neurons=[50, 20, 30]),
+])
 def test_a_trained_model_keeps_its_integers(start):
     teacher, task, original = tiny.classifier(), tiny.task(), start()
     before = original.logits(TEXTS)
@@ -73,14 +77,16 @@ def test_a_trained_model_keeps_its_integers(start):
     assert (small.logits(TEXTS) - student.logits(TEXTS)).abs().max() < 0.05
 
 
-def test_training_moves_the_weights_beneath_and_beats_rounding_at_the_end():
+def test_training_moves_the_latent_weights_and_beats_rounding_at_the_end():
     teacher, task = tiny.classifier(), tiny.task(120)
-    aware = distill(teacher, task, prepare_qat(tiny.classifier(), 2), epochs=8, learning_rate=1e-3, alpha=1.0, bf16=False)
     rounded = prepare_qat(tiny.classifier(), 2)
+    student = prepare_qat(tiny.classifier(), 2)
+    aware = distill(teacher, task, student, epochs=8, learning_rate=1e-3, alpha=1.0, bf16=False)
     def off(model): return (model.logits(TEXTS) - teacher.logits(TEXTS)).square().mean()
     assert off(aware) < 0.5 * off(rounded)
     for one, other in zip(aware.model.modules(), rounded.model.modules()):
-        if isinstance(one, FakeQuantLinear): assert torch.equal(one.scale, other.scale) and not torch.equal(one.weight, other.weight)
+        if not isinstance(one, FakeQuantLinear): continue
+        assert torch.equal(one.scale, other.scale) and not torch.equal(one.weight, other.weight)
 
 
 @pytest.mark.parametrize("stored", [lambda c: c, quantize])
@@ -89,7 +95,8 @@ def test_a_fresh_process_answers_the_same(stored, tmp_path):
     path = save(model, tmp_path / "model")
     assert torch.equal(load(path).logits(TEXTS), model.logits(TEXTS))
     code = "import json, sys, ecomopt; print(ecomopt.load(sys.argv[1]).logits(json.loads(sys.argv[2])).tolist())"
-    there = subprocess.run([sys.executable, "-c", code, str(path), json.dumps(TEXTS)], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code, str(path), json.dumps(TEXTS)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert torch.allclose(torch.tensor(json.loads(there)), model.logits(TEXTS), atol=1e-5)
 
 

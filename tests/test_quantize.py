@@ -1,4 +1,4 @@
-"""Quantization: bounds, packing, and a model that still says the same."""
+"""Quantization: bounds, packing, and a model whose logits stay nearly the same."""
 import threading
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ from ecomopt import EcomoptError
 from ecomopt.compress.quantize import (
     Int8Linear,
     int8_linear,
-    pack,
+    pack_bits,
     quantize,
     quantize_per_channel,
     quantized_embedding,
-    unpack,
+    unpack_bits,
 )
 
 
@@ -47,7 +47,9 @@ def test_an_int8_layer_is_near_the_float_one(shape, activation):
     assert (int8_linear(linear, activation=activation)(x) - expected).norm() / expected.norm() < 0.02
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3, 48), torch.full((3, 48), 5.0), -torch.rand(3, 48), 1e6 * torch.randn(3, 48)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 48), torch.full((3, 48), 5.0), -torch.rand(3, 48), 1e6 * torch.randn(3, 48)]
+)
 def test_ranges_that_do_not_straddle_zero(x):
     linear = nn.Linear(48, 64)
     expected = linear(x)
@@ -89,7 +91,7 @@ def test_embeddings(bits, bound):
     assert small.weight.nbytes == 50 * 64 * bits // 8
 
 
-def test_the_whole_model_says_nearly_the_same_and_the_given_one_is_untouched():
+def test_the_logits_stay_nearly_the_same_and_the_given_model_is_untouched():
     model, texts = tiny.classifier(), tiny.task(40).train["text"]
     before = model.logits(texts)
     small = quantize(model)
@@ -110,7 +112,8 @@ def test_errors(wrong):
 
 def test_unsupported_models_are_refused():
     gpt2 = GPT2ForSequenceClassification(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(EcomoptError, match="unsupported architecture GPT2"): quantize(replace(tiny.classifier(), model=gpt2))
+    with pytest.raises(EcomoptError, match="unsupported architecture GPT2"):
+        quantize(replace(tiny.classifier(), model=gpt2))
     with pytest.raises(EcomoptError, match="no classifier"): quantize(tiny.language_model())
 
 

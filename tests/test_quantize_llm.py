@@ -1,4 +1,4 @@
-"""Language models of few bits: the same function up to rounding, whatever the shape; saved and loaded; and bad input."""
+"""Quantized language models: the same function up to rounding, for any shape; saved and loaded; and bad input."""
 import copy
 import json
 import subprocess
@@ -13,7 +13,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from ecomopt import EcomoptError, LanguageModel, load, quantize_language_model, save
-from ecomopt.compress.quantize_llm import WeightOnlyLayer, WeightOnlyLinear, quantize_groups, weight_only_linear
+from ecomopt.compress.quantize_llm import (
+    WeightOnlyLayer,
+    WeightOnlyLinear,
+    quantize_per_group_asymmetric,
+    weight_only_linear,
+)
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core.train import fingerprint
 
@@ -56,19 +61,22 @@ def logits(lm: LanguageModel, text: str) -> torch.Tensor:
     return lm.model(torch.tensor(lm.encode([text]))).logits
 
 
-@given(rows=st.integers(1, 6), groups=st.integers(1, 4), bits=st.integers(2, 8), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 6), groups=st.integers(1, 4), bits=st.integers(2, 8),
+    scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None)
-def test_groups_are_off_by_half_a_step(rows, groups, bits, scale, seed):
+def test_the_error_of_a_group_is_half_a_scale_at_most(rows, groups, bits, scale, seed):
     W = torch.randn(rows, 32 * groups, generator=torch.Generator().manual_seed(seed)) * scale
-    integers, step, low = quantize_groups(W, 32, bits)
+    integers, step, low = quantize_per_group_asymmetric(W, 32, bits)
     back = integers.unflatten(1, (-1, 32)) * step[..., None] + low[..., None]
     assert int(integers.max()) < 2**bits and ((back - W.unflatten(1, (-1, 32))).abs() <= step[..., None] * 0.501).all()
-    again = quantize_groups(back.flatten(1), 32, bits)
-    assert torch.equal(again[0], integers)  # what lies on marks stays there
+    again = quantize_per_group_asymmetric(back.flatten(1), 32, bits)
+    assert torch.equal(again[0], integers)  # quantizing twice changes nothing
 
 
 def test_a_constant_group():
-    integers, step, low = quantize_groups(torch.full((1, 32), 0.3))
+    integers, step, low = quantize_per_group_asymmetric(torch.full((1, 32), 0.3))
     assert not integers.any() and torch.allclose(low, torch.tensor(0.3))
 
 
@@ -108,13 +116,17 @@ def test_padding_and_cache_change_nothing():
 def test_transformers_generates_with_it():
     small = quantize_language_model(tiny.language_model(), 8)
     ids = torch.tensor(small.encode(TEXTS[:1]))
-    out = small.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    out = small.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert small.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == small.generate(TEXTS[:1], 5)[0]
 
 
-def test_layers_of_another_kind_are_quantized_map_by_map():
+def test_layers_of_another_kind_are_quantized_one_linear_layer_at_a_time():
     words = tiny.language_model().tokenizer
-    config = Qwen2Config(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    config = Qwen2Config(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96,
+    )
     lm = LanguageModel(Qwen2ForCausalLM(config).eval(), words)
     for layer in lm.model.model.layers: nn.init.normal_(layer.self_attn.q_proj.bias)
     small = quantize_language_model(lm, 4)
@@ -122,12 +134,12 @@ def test_layers_of_another_kind_are_quantized_map_by_map():
     assert as_good_as_bfloat16(small, with_rounded_weights(lm, 4))
 
 
-def test_a_shrunk_llama():
+def test_a_pruned_llama():
     lm = tiny.language_model(num_hidden_layers=2)
-    shrunk = LanguageModel(prune_structured(lm, heads=2, importance="magnitude").model, lm.tokenizer)
-    small = quantize_language_model(shrunk, 8)
+    pruned = LanguageModel(prune_structured(lm, heads=2, importance="magnitude").model, lm.tokenizer)
+    small = quantize_language_model(pruned, 8)
     assert small.model.model.layers[0].heads == 2
-    assert as_good_as_bfloat16(small, with_rounded_weights(shrunk, 8))
+    assert as_good_as_bfloat16(small, with_rounded_weights(pruned, 8))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -164,7 +176,7 @@ def test_the_float_model_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("options", [dict(bits=3), dict(bits="4"), dict(group=20), dict(group=0)])
-def test_bad_settings(options):
+def test_bad_arguments(options):
     with pytest.raises(EcomoptError): quantize_language_model(tiny.language_model(), **options)
 
 
@@ -173,4 +185,5 @@ def test_what_cannot_be_quantized():
     with pytest.raises(EcomoptError, match="no language model"): quantize_language_model(tiny.classifier())
     with pytest.raises(EcomoptError, match="already"): quantize_language_model(quantize_language_model(lm))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(lm.tokenizer), n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(EcomoptError, match="unsupported architecture GPT2LMHeadModel"): quantize_language_model(LanguageModel(gpt2, lm.tokenizer))
+    with pytest.raises(EcomoptError, match="unsupported architecture GPT2LMHeadModel"):
+        quantize_language_model(LanguageModel(gpt2, lm.tokenizer))

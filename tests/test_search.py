@@ -1,4 +1,4 @@
-"""Grid, random and halving: nothing is lost, nothing is asked twice; and bad input."""
+"""Grid, random search and successive halving: no trial is lost, no point is asked twice; and bad input."""
 import json
 import time
 from pathlib import Path
@@ -20,45 +20,48 @@ from ecomopt.tune.search import (
     ListSearch,
     RandomSearch,
     Trial,
-    best,
-    check_space,
-    halve,
-    number,
+    _best,
+    _check_space,
+    _number,
+    _values_of,
     search,
-    values_of,
+    successive_halving,
 )
 
 SPACE = {"rate": Real(1e-6, 1e-2, "log-uniform"), "layers": Integer(1, 6), "pooling": Categorical(["mean", "first"])}
 
 
-def loss(settings: dict) -> float:
-    return abs(np.log10(settings["rate"]) + 4) + settings["layers"] / 10 + (settings["pooling"] == "mean")
+def loss(params: dict) -> float:
+    return abs(np.log10(params["rate"]) + 4) + params["layers"] / 10 + (params["pooling"] == "mean")
 
 
-def run(objective=loss, searcher=None, trials=8, backend="threading", **options) -> list[Trial]:
+def run(objective=loss, searcher=None, n_trials=8, backend="threading", **options) -> list[Trial]:
     with joblib.parallel_config(backend=backend):
-        return search(objective, searcher or RandomSearch(SPACE), trials, progress=False, **options)
+        return search(objective, searcher or RandomSearch(SPACE), n_trials, show_progress_bar=False, **options)
+
+
+def told(trials: list[Trial]) -> list: return [(trial.number, trial.params, trial.value) for trial in trials]
 
 
 # the space
 
 @pytest.mark.parametrize("space, what", [
-    ({}, "no search space"),
-    ([("rate", (0.1, 1.0))], "no search space"),
-    ({3: (0.1, 1.0)}, "no search space"),
+    ({}, "not a search space"),
+    ([("rate", (0.1, 1.0))], "not a search space"),
+    ({3: (0.1, 1.0)}, "not a search space"),
     ({"rate": (1.0, 0.1)}, "less than"),
-    ({"rate": (0.1, 0.1)}, "is none"),
+    ({"rate": (0.1, 0.1)}, "is invalid"),
     ({"rate": (0.0, 1.0, "log-uniform")}, "log-uniform"),
     ({"rate": (-1.0, 1.0, "log-uniform")}, "log-uniform"),
     ({"layers": (0, 3, "log-uniform")}, "log-uniform"),
     ({"rate": (0.0, float("inf"))}, "do not fit"),
-    ({"pooling": []}, "is none"),
+    ({"pooling": []}, "is invalid"),
     ({"pooling": Categorical([("a",), ("b",)])}, "not plain"),
     ({"pooling": ["mean", "mean"]}, "not all different"),
     ({"pooling": Categorical([float("nan"), 1.0])}, "not all different"),
     ({"pooling": ["1", 1]}, "not all different"),
     ({"rate": (1e-6, 1e-2, "log")}, "no prior 'log'"),
-    ({"rate": "0.1"}, "is none"),
+    ({"rate": "0.1"}, "is invalid"),
 ])
 def test_bad_spaces(space, what):
     with pytest.raises(EcomoptError, match=what): RandomSearch(space)
@@ -75,24 +78,24 @@ def test_bad_seeds(seed):
     with pytest.raises(EcomoptError, match="seed"): RandomSearch(SPACE, seed)
 
 
-@pytest.mark.parametrize("settings, what", [
+@pytest.mark.parametrize("params, what", [
     ({"rate": 1e-3, "layers": 3, "poling": "mean"}, "Did you mean 'pooling'"),
     ({"rate": 1e-3, "layers": 3}, "missing"),
     ({"rate": 1.0, "layers": 3, "pooling": "mean"}, "outside"),
     ({"rate": 1e-3, "layers": 7, "pooling": "mean"}, "outside"),
     ({"rate": 1e-3, "layers": 3, "pooling": "last"}, "outside"),
 ])
-def test_bad_settings(settings, what):
-    with pytest.raises(EcomoptError, match=what): RandomSearch(SPACE).tell(settings, 1.0)
+def test_bad_params(params, what):
+    with pytest.raises(EcomoptError, match=what): RandomSearch(SPACE).tell(params, 1.0)
 
 
-def test_values_keep_to_their_scale():
-    assert np.allclose(values_of(Real(1e-4, 1e-2, "log-uniform"), 3), [1e-4, 1e-3, 1e-2])
-    assert values_of(Integer(1, 100, "log-uniform"), 3) == [1, 10, 100] and values_of(Integer(1, 3), 9) == [1, 2, 3]
-    assert values_of(Real(2.0, 4.0), 1) == [3.0] and values_of(Categorical(["a", "b"]), 1) == ["a", "b"]
+def test_values_are_even_on_their_scale():
+    assert np.allclose(_values_of(Real(1e-4, 1e-2, "log-uniform"), 3), [1e-4, 1e-3, 1e-2])
+    assert _values_of(Integer(1, 100, "log-uniform"), 3) == [1, 10, 100] and _values_of(Integer(1, 3), 9) == [1, 2, 3]
+    assert _values_of(Real(2.0, 4.0), 1) == [3.0] and _values_of(Categorical(["a", "b"]), 1) == ["a", "b"]
 
 
-# who asks
+# ask and tell
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), n=st.integers(1, 40))
@@ -101,7 +104,7 @@ def test_points_are_new_plain_and_inside(seed, n):
     points = searcher.ask(n)
     assert len({json.dumps(point) for point in points}) == n
     assert all([type(value) for value in point.values()] == [float, int, str] for point in points)
-    assert all(point[name] in dimension for point in points for name, dimension in check_space(SPACE).items())
+    assert all(point[name] in dimension for point in points for name, dimension in _check_space(SPACE).items())
     assert points == RandomSearch(SPACE, seed).ask(n)
 
 
@@ -109,7 +112,7 @@ def test_a_small_space_is_used_up_and_no_more():
     searcher = RandomSearch({"layers": (1, 3), "pooling": ["mean", "first"]})
     assert len({tuple(point.values()) for point in searcher.ask(99)}) == 6
     with pytest.raises(Exhausted): searcher.ask()
-    assert len(run(lambda settings: settings["layers"], GridSearch({"layers": (1, 3)}, 2), trials=99)) == 2
+    assert len(run(lambda params: params["layers"], GridSearch({"layers": (1, 3)}, 2), n_trials=99)) == 2
 
 
 def test_draws_follow_the_prior():
@@ -131,39 +134,41 @@ def test_ask_for_a_whole_number(n):
 
 @pytest.mark.parametrize("value", [1, 1.0, np.float32(1), np.int64(1), np.array(1.0), torch.tensor(1.0), True])
 def test_numbers_of_all_kinds(value):
-    assert number(value) == 1.0 and type(number(value)) is float
+    assert _number(value) == 1.0 and type(_number(value)) is float
 
 
 @pytest.mark.parametrize("value", ["1.0", None, 1j, [1.0], np.array([1.0, 2.0]), {}])
-def test_what_is_no_number(value):
-    with pytest.raises(EcomoptError, match="no number"): number(value)
+def test_not_a_number(value):
+    with pytest.raises(EcomoptError, match="not a number"): _number(value)
 
 
 def test_failures_are_trials():
-    def fragile(settings):
-        if settings["layers"] > 3: raise RuntimeError("out of memory")
-        return float("nan") if settings["pooling"] == "mean" else 1.0
-    trials = run(fragile, trials=20)
+    def fragile(params):
+        if params["layers"] > 3: raise RuntimeError("out of memory")
+        return float("nan") if params["pooling"] == "mean" else 1.0
+    trials = run(fragile, n_trials=20)
     errors = {trial.error for trial in trials}
     assert len(trials) == 20 and errors == {None, "RuntimeError: out of memory", "The value is nan."}
-    assert all((trial.value is None) == (trial.error is not None) for trial in trials) and best(trials).value == 1.0
-    with pytest.raises(EcomoptError, match="None of 3 trials.*ZeroDivisionError"): best(run(lambda settings: 1 / 0, trials=3))
+    assert all((trial.value is None) == (trial.error is not None) for trial in trials) and _best(trials).value == 1.0
+    trials = run(lambda params: 1 / 0, n_trials=3)
+    with pytest.raises(EcomoptError, match="None of 3 trials.*ZeroDivisionError"): _best(trials)
 
 
 def test_budgets():
     begun = time.monotonic()
-    assert 1 <= len(run(lambda settings: time.sleep(0.02) or 1.0, trials=None, seconds=0.2)) < 1 + (time.monotonic() - begun) / 0.02
-    assert run(trials=None, seconds=0.0) == []
-    with pytest.raises(EcomoptError, match="budget"): run(trials=None)
+    trials = run(lambda params: time.sleep(0.02) or 1.0, n_trials=None, timeout=0.2)
+    assert 1 <= len(trials) < 1 + (time.monotonic() - begun) / 0.02
+    assert run(n_trials=None, timeout=0.0) == []
+    with pytest.raises(EcomoptError, match="budget"): run(n_trials=None)
 
 
 def test_the_bar_counts_and_tells_the_best(tmp_path, capsys):
     journal = tmp_path / "journal"
-    run(journal=journal, trials=3)
+    run(journal=journal, n_trials=3)
     assert "trials" not in capsys.readouterr().err
     trials = search(loss, RandomSearch(SPACE), 8, journal=journal)
     last = capsys.readouterr().err.split("\r")[-1]
-    assert "8/8" in last and f"best {best(trials).value:.4g}" in last
+    assert "8/8" in last and f"best {_best(trials).value:.4g}" in last
 
 
 # the journal
@@ -174,57 +179,70 @@ def test_one_line_a_trial(tmp_path):
     assert [Trial(**json.loads(line)) for line in lines[1:]] == trials
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("n_jobs", [1, 3])
 @pytest.mark.parametrize("cut", range(0, 200, 23))
-def test_goes_on_after_a_kill_in_mid_write(tmp_path, cut, jobs):
+def test_goes_on_after_a_kill_in_mid_write(tmp_path, cut, n_jobs):
     journal = tmp_path / "journal.jsonl"
-    whole = [(t.number, t.settings, t.value) for t in run(jobs=1)]
+    whole = told(run(n_jobs=1))
     run(journal=journal)
     journal.write_bytes(journal.read_bytes()[:-1 - cut])
-    assert [(t.number, t.settings, t.value) for t in run(journal=journal, jobs=jobs)] == whole
+    assert told(run(journal=journal, n_jobs=n_jobs)) == whole
     assert len(journal.read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize("jobs", [2, 4])
-def test_an_unfinished_round_is_finished(tmp_path, jobs):
+@pytest.mark.parametrize("n_jobs", [2, 4])
+def test_an_unfinished_round_is_finished(tmp_path, n_jobs):
     journal = tmp_path / "journal.jsonl"
-    whole = run(journal=journal, jobs=jobs, trials=8)
+    whole = run(journal=journal, n_jobs=n_jobs, n_trials=8)
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join([*lines[:-2], lines[-1]]))  # the last but one was lost
-    again = run(journal=journal, jobs=jobs, trials=8)
-    assert [(t.number, t.settings, t.start) for t in again] == [(t.number, t.settings, t.start) for t in whole]
+    again = run(journal=journal, n_jobs=n_jobs, n_trials=8)
+    assert [(t.number, t.params, t.round) for t in again] == [(t.number, t.params, t.round) for t in whole]
 
 
 def test_another_search_may_go_on(tmp_path):
-    run(journal=tmp_path / "journal", trials=5)
-    trials = run(searcher=RandomSearch(SPACE, seed=7), journal=tmp_path / "journal", trials=9)
-    assert len({tuple(trial.settings.values()) for trial in trials}) == 9 and [trial.number for trial in trials] == list(range(9))
+    run(journal=tmp_path / "journal", n_trials=5)
+    trials = run(searcher=RandomSearch(SPACE, seed=7), journal=tmp_path / "journal", n_trials=9)
+    assert len({tuple(trial.params.values()) for trial in trials}) == 9
+    assert [trial.number for trial in trials] == list(range(9))
+
+
+def test_journals_of_version_0_1_0_go_on(tmp_path):
+    journal = tmp_path / "journal"
+    trials = run(journal=journal, n_trials=5)
+    journal.write_text(journal.read_text().replace('"params": ', '"settings": ').replace('"round": ', '"start": '))
+    assert '"settings"' in journal.read_text() and run(journal=journal, n_trials=5) == trials
+    assert told(run(journal=journal)) == told(run())
 
 
 def test_journals_that_do_not_fit(tmp_path):
     journal = tmp_path / "journal.jsonl"
-    run(journal=journal, trials=3)
-    with pytest.raises(EcomoptError, match="another space"): run(journal=journal, searcher=RandomSearch({**SPACE, "layers": Integer(1, 7)}))
+    run(journal=journal, n_trials=3)
+    other = RandomSearch({**SPACE, "layers": Integer(1, 7)})
+    with pytest.raises(EcomoptError, match="another space"): run(journal=journal, searcher=other)
     lines = journal.read_text().splitlines()
-    journal.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
-    with pytest.raises(EcomoptError, match="Line 2"): run(journal=journal)
-    assert len(journal.read_text().splitlines()) == 4  # nothing was thrown away
+    for broken in ("{broken", "[1, 2]", '{"number": 0}'):
+        journal.write_text("\n".join([lines[0], broken, *lines[2:]]) + "\n")
+        with pytest.raises(EcomoptError, match="Line 2"): run(journal=journal)
+        assert len(journal.read_text().splitlines()) == 4  # nothing was thrown away
 
 
 def test_a_last_line_that_lacks_only_its_end_is_a_trial(tmp_path):
-    trials = run(journal=tmp_path / "journal", trials=3)
-    (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:-1])
-    def never(settings): raise AssertionError("all of it is in the journal")
-    assert run(never, journal=tmp_path / "journal", trials=3) == trials
-    assert len(run(journal=tmp_path / "journal", trials=4)) == 4 == len((tmp_path / "journal").read_text().splitlines()) - 1
+    journal = tmp_path / "journal"
+    trials = run(journal=journal, n_trials=3)
+    journal.write_bytes(journal.read_bytes()[:-1])
+    def never(params): raise AssertionError("all of it is in the journal")
+    assert run(never, journal=journal, n_trials=3) == trials
+    assert len(run(journal=journal, n_trials=4)) == 4 == len(journal.read_text().splitlines()) - 1
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 60])
 def test_a_killed_first_line_is_written_again(tmp_path, cut):
-    with Journal(tmp_path / "journal", SPACE): first = (tmp_path / "journal").read_bytes()
-    (tmp_path / "journal").write_bytes(first[:cut])
-    run(journal=tmp_path / "journal", trials=2)
-    assert (tmp_path / "journal").read_bytes().startswith(first) and len((tmp_path / "journal").read_text().splitlines()) == 3
+    journal = tmp_path / "journal"
+    with Journal(journal, SPACE): first = journal.read_bytes()
+    journal.write_bytes(first[:cut])
+    run(journal=journal, n_trials=2)
+    assert journal.read_bytes().startswith(first) and len(journal.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("content", [b"what I know", b"text,stars\ngood,5\nbad", bytes(range(256)), b"[1, 2]", b"\n"])
@@ -247,24 +265,25 @@ def test_no_second_process(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["good", None, [0.5]])
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_no_number_stops_and_loses_nothing(tmp_path, answer, jobs):
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_not_a_number_stops_and_loses_nothing(tmp_path, answer, n_jobs):
     journal, calls = tmp_path / "journal", tmp_path / "calls"
     calls.mkdir()
-    def late(settings):
-        (calls / f"{settings['rate']}").touch()
-        return answer if len(list(calls.iterdir())) > 5 else loss(settings)
-    with pytest.raises(EcomoptError, match="no number"): run(late, journal=journal, jobs=jobs)
+    def late(params):
+        (calls / f"{params['rate']}").touch()
+        return answer if len(list(calls.iterdir())) > 5 else loss(params)
+    with pytest.raises(EcomoptError, match="not a number"): run(late, journal=journal, n_jobs=n_jobs)
     assert len(journal.read_text().splitlines()) - 1 in (4, 5)
-    assert [t.settings for t in run(journal=journal, jobs=jobs)] == [t.settings for t in run()]
+    assert [t.params for t in run(journal=journal, n_jobs=n_jobs)] == [t.params for t in run()]
 
 
 PROGRAM = """
 import sys, time
 from ecomopt.tune.search import RandomSearch, search
 if __name__ == "__main__":
-    trials = search(lambda s: time.sleep(0.03) or s["x"], RandomSearch({"x": (0.0, 1.0)}), 12, journal=sys.argv[1], progress=False)
-    print([(trial.number, trial.settings) for trial in trials])
+    def objective(params): return time.sleep(0.03) or params["x"]
+    trials = search(objective, RandomSearch({"x": (0.0, 1.0)}), 12, journal=sys.argv[1], show_progress_bar=False)
+    print([(trial.number, trial.params) for trial in trials])
 """
 
 
@@ -274,36 +293,47 @@ def test_killed_for_real(tmp_path):
     assert killed == whole != ""
 
 
-# in parallel, and giving up early
+# in parallel, and stopping early
 
-@pytest.mark.parametrize("jobs, backend", [(2, "loky"), (-1, "threading")])
-def test_parallel_trials_are_the_same_trials(jobs, backend):
-    assert [(t.number, t.settings, t.value) for t in run(jobs=jobs, backend=backend)] == [(t.number, t.settings, t.value) for t in run()]
-
-
-def budgeted(settings: dict, budget: int) -> float: return loss(settings) + 1 / budget
+@pytest.mark.parametrize("n_jobs, backend", [(2, "loky"), (-1, "threading")])
+def test_parallel_trials_are_the_same_trials(n_jobs, backend):
+    assert told(run(n_jobs=n_jobs, backend=backend)) == told(run())
 
 
-def test_halving_keeps_the_best(tmp_path):
-    rungs = halve(budgeted, RandomSearch(SPACE), 27, (1, 3, 9), journal=tmp_path / "half.jsonl", progress=False)
+def budgeted(params: dict, budget: float) -> float: return loss(params) + 1 / budget
+
+
+def test_successive_halving_keeps_the_best(tmp_path):
+    def halved(objective):
+        return successive_halving(
+            objective, RandomSearch(SPACE), 27, (1, 3, 9), journal=tmp_path / "half.jsonl", show_progress_bar=False
+        )
+    rungs = halved(budgeted)
     assert {budget: len(trials) for budget, trials in rungs.items()} == {1: 27, 3: 9, 9: 3}
-    assert best(rungs[9]).settings == best(rungs[1]).settings and {p.name for p in Path(tmp_path).glob("*.jsonl")} == {f"half.{b}.jsonl" for b in (1, 3, 9)}
-    def never(settings, budget): raise AssertionError("all of it is in the journals")
-    assert halve(never, RandomSearch(SPACE), 27, (1, 3, 9), journal=tmp_path / "half.jsonl", progress=False) == rungs
+    assert _best(rungs[9]).params == _best(rungs[1]).params
+    assert {path.name for path in Path(tmp_path).glob("*.jsonl")} == {f"half.{b}.jsonl" for b in (1, 3, 9)}
+    def never(params, budget): raise AssertionError("all of it is in the journals")
+    assert halved(never) == rungs
 
 
-def test_halving_drops_failures():
-    def fragile(settings, budget): return loss(settings) if settings["layers"] > 3 else float("nan")
-    rungs = halve(fragile, RandomSearch(SPACE), 9, (1, 9), progress=False)
+def test_successive_halving_drops_failures():
+    def fragile(params, budget): return loss(params) if params["layers"] > 3 else float("nan")
+    rungs = successive_halving(fragile, RandomSearch(SPACE), 9, (1, 9), show_progress_bar=False)
     assert all(trial.value is not None for trial in rungs[9])
+
+
+@pytest.mark.parametrize("n, budgets, left", [(9, (0.1, 3 * 0.1), [9, 3]), (3, (0.7, 2.1), [3, 1])])
+def test_computed_budgets_may_be_off_by_rounding(n, budgets, left):
+    rungs = successive_halving(budgeted, RandomSearch(SPACE), n, budgets, show_progress_bar=False)
+    assert [len(trials) for trials in rungs.values()] == left
 
 
 @pytest.mark.parametrize("budgets", [(1,), (3, 1), (0, 1), (1, 99)])
 def test_bad_budgets(budgets):
-    with pytest.raises(EcomoptError, match="budgets"): halve(budgeted, RandomSearch(SPACE), 9, budgets)
+    with pytest.raises(EcomoptError, match="budgets"): successive_halving(budgeted, RandomSearch(SPACE), 9, budgets)
 
 
 def test_points_of_a_list():
     points = [{"rate": 1e-3, "layers": n, "pooling": "mean"} for n in (3, 1, 2)]
-    assert [trial.settings["layers"] for trial in run(searcher=ListSearch(SPACE, points))] == [3, 1, 2]
+    assert [trial.params["layers"] for trial in run(searcher=ListSearch(SPACE, points))] == [3, 1, 2]
     with pytest.raises(EcomoptError, match="missing"): ListSearch(SPACE, [{"rate": 1e-3}])

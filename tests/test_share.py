@@ -1,4 +1,4 @@
-"""Weight sharing: clusters, codes, layers that train their codebooks, and models that store few bits and answer the same anywhere."""
+"""Weight sharing: clusters, codes, trainable codebooks, and models of few bits that are saved and loaded."""
 import copy
 import json
 import subprocess
@@ -23,9 +23,9 @@ from ecomopt.compress.share import (
     SharedEmbedding,
     SharedInt8Linear,
     SharedLinear,
-    _huffman,
+    _huffman_decode,
+    _huffman_encode,
     _share,
-    _unhuffman,
     codebooks_to_int8,
     kmeans,
     pack_indices,
@@ -52,61 +52,66 @@ def random_weights(*shape: int, seed: int = 0) -> torch.Tensor:
 def shared_linear(bits: int = 3, group: int | None = None, bias: bool = True, **how) -> tuple[nn.Linear, SharedLinear]:
     torch.manual_seed(0)
     layer = nn.Linear(48, 64, bias=bias)
-    return layer, _share(layer, bits, group or 48 * 64, **{"start": "linear", "huffman": True, "seed": 0, **how})
+    return layer, _share(layer, bits, group or 48 * 64, **{"init": "linear", "huffman": True, "seed": 0, **how})
 
 
 # k-means
 
-@pytest.mark.parametrize("start", ["linear", "random"])
+@pytest.mark.parametrize("init", ["linear", "random"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_kmeans_is_scikit_learn_s(bits, start):
+def test_kmeans_is_scikit_learn_s(bits, init):
     values = random_weights(1, 2000, seed=bits).double()
-    first = kmeans(values, bits, start, steps=0)[0]
-    centres, places = kmeans(values, bits, start)
+    first = kmeans(values, bits, init, max_iter=0)[0]
+    centroids, indices = kmeans(values, bits, init)
     reference = KMeans(2**bits, init=first.T.numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(values.T)
-    assert np.allclose(centres[0], np.sort(reference.cluster_centers_[:, 0]), atol=1e-9)
+    assert np.allclose(centroids[0], np.sort(reference.cluster_centers_[:, 0]), atol=1e-9)
     rank = np.argsort(np.argsort(reference.cluster_centers_[:, 0]))
-    assert np.array_equal(places[0], rank[reference.labels_])
+    assert np.array_equal(indices[0], rank[reference.labels_])
 
 
-@given(st.integers(1, 4), st.integers(16, 90), st.integers(2, 4), st.sampled_from(["linear", "random"]), st.integers(0, 999), st.booleans())
+@given(
+    groups=st.integers(1, 4), size=st.integers(16, 90), bits=st.integers(2, 4),
+    init=st.sampled_from(["linear", "random"]), seed=st.integers(0, 999), whole=st.booleans(),
+)
 @settings(deadline=None, max_examples=50)
-def test_groups_are_clustered_one_by_one_and_each_weight_has_the_nearest_centre(groups, size, bits, start, seed, whole):
+def test_groups_are_clustered_one_by_one_and_each_weight_has_the_nearest_centroid(
+    groups, size, bits, init, seed, whole
+):
     values = random_weights(groups, size, seed=seed).double() * 3
-    if whole: values = values.round()  # many equal ones, and centres without any
-    centres, places = kmeans(values, bits, start, seed)
-    assert centres.shape == (groups, 2**bits) and (centres.diff() >= 0).all()
-    distance = (values[..., None] - centres[:, None]).abs()
-    assert torch.allclose(distance.gather(2, places.long()[..., None])[..., 0], distance.amin(2))
-    for row, centre, place in zip(values, centres, places):
-        alone = kmeans(row[None], bits, start, seed)
-        assert torch.equal(alone[0][0], centre) and torch.equal(alone[1][0], place)
+    if whole: values = values.round()  # many equal ones, and centroids without any
+    centroids, indices = kmeans(values, bits, init, seed)
+    assert centroids.shape == (groups, 2**bits) and (centroids.diff() >= 0).all()
+    distance = (values[..., None] - centroids[:, None]).abs()
+    assert torch.allclose(distance.gather(2, indices.long()[..., None])[..., 0], distance.amin(2))
+    for row, centroid, index in zip(values, centroids, indices):
+        alone = kmeans(row[None], bits, init, seed)
+        assert torch.equal(alone[0][0], centroid) and torch.equal(alone[1][0], index)
 
 
 @given(st.integers(0, 999), st.integers(2, 5), st.sampled_from(["linear", "random"]))
 @settings(deadline=None, max_examples=30)
-def test_no_step_raises_the_inertia(seed, bits, start):
+def test_no_iteration_raises_the_inertia(seed, bits, init):
     values = random_weights(1, 300, seed=seed).double() ** 3
-    def inertia(steps):
-        centres, places = kmeans(values, bits, start, seed, steps)
-        return (centres.gather(1, places.long()) - values).square().sum()
-    steps = [inertia(n) for n in range(8)]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(steps, steps[1:]))
+    def inertia(max_iter):
+        centroids, indices = kmeans(values, bits, init, seed, max_iter)
+        return (centroids.gather(1, indices.long()) - values).square().sum()
+    inertias = [inertia(n) for n in range(8)]
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(inertias, inertias[1:]))
 
 
 def test_equal_weights_have_no_error():
-    centres, places = kmeans(torch.full((2, 40), 0.3), bits=3)
-    assert torch.equal(centres.gather(1, places.long()), torch.full((2, 40), 0.3))
+    centroids, indices = kmeans(torch.full((2, 40), 0.3), bits=3)
+    assert torch.equal(centroids.gather(1, indices.long()), torch.full((2, 40), 0.3))
 
 
-@pytest.mark.parametrize("start", ["linear", "random"])
+@pytest.mark.parametrize("init", ["linear", "random"])
 @pytest.mark.parametrize("values", [[1.0, 1.0, -2.0], [0.5], [0.0, -0.0, 3.0, 3.0, 3.0]])
-def test_fewer_different_weights_than_centres(values, start):
+def test_fewer_different_weights_than_centroids(values, init):
     values = torch.tensor([values])
-    centres, places = kmeans(values, bits=4, start=start)
-    found = centres.gather(1, places.long())
-    assert centres.isfinite().all() and found.isfinite().all()
-    if start == "linear": assert torch.equal(found, values)
+    centroids, indices = kmeans(values, bits=4, init=init)
+    found = centroids.gather(1, indices.long())
+    assert centroids.isfinite().all() and found.isfinite().all()
+    if init == "linear": assert torch.equal(found, values)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -121,52 +126,55 @@ def test_weights_that_are_no_numbers_are_refused(monkeypatch, bad):
 
 def test_even_weights_are_found_exactly():
     values = torch.tensor([[-1.0, 0.0, 1.0, 2.0]]).repeat_interleave(50, 1)
-    centres, places = kmeans(values, bits=2)
-    assert torch.equal(centres.gather(1, places.long()), values)
+    centroids, indices = kmeans(values, bits=2)
+    assert torch.equal(centroids.gather(1, indices.long()), values)
 
 
 # codes
 
-PLACES = st.tuples(st.integers(2, 8), st.integers(1, 700), st.integers(0, 999), st.floats(0.1, 5))
+INDICES = st.tuples(st.integers(2, 8), st.integers(1, 700), st.integers(0, 999), st.floats(0.1, 5))
 
 
 def drawn(bits: int, count: int, seed: int, skew: float) -> torch.Tensor:
-    """Places of which the low ones are the more frequent, the larger the skew."""
+    """Indices of which the low ones are the more frequent, the larger the skew."""
     return (2**bits * np.random.default_rng(seed).random(count) ** skew).astype(np.uint8)
 
 
-@given(PLACES)
+@given(INDICES)
 @settings(deadline=None)
 def test_codes_lose_nothing(case):
     bits, count, *_ = case
-    places = torch.from_numpy(drawn(*case))
-    packed = pack_indices(places, bits)
+    indices = torch.from_numpy(drawn(*case))
+    packed = pack_indices(indices, bits)
     assert len(packed) == -(-count * bits // 8)
-    assert torch.equal(unpack_indices(packed, bits, count), places)
-    assert torch.equal(_unhuffman(_huffman(places, bits), bits, count), places)
+    assert torch.equal(unpack_indices(packed, bits, count), indices)
+    assert torch.equal(_huffman_decode(_huffman_encode(indices, bits), bits, count), indices)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_huffman_s_code_is_near_the_entropy(bits):
     count = 200_000
-    places = drawn(bits, count, seed=0, skew=2)
-    p = np.bincount(places) / count
+    indices = drawn(bits, count, seed=0, skew=2)
+    p = np.bincount(indices) / count
     entropy = -(p[p > 0] * np.log2(p[p > 0])).sum()
-    several = 8 // bits  # places that are coded together
+    several = 8 // bits  # indices that are coded together
     redundancy = (p.max() ** several + 0.086) / several  # Gallager's bound
-    assert entropy - 0.01 <= 8 * len(_huffman(torch.from_numpy(places), bits)) / count <= entropy + redundancy + 0.03
+    length = 8 * len(_huffman_encode(torch.from_numpy(indices), bits)) / count
+    assert entropy - 0.01 <= length <= entropy + redundancy + 0.03
 
 
-@pytest.mark.parametrize("spoil", [lambda code: code[:-3], lambda code: code.flip(0), lambda code: code[:0], lambda code: torch.zeros_like(code)])
+@pytest.mark.parametrize(
+    "spoil", [lambda code: code[:-3], lambda code: code.flip(0), lambda code: code[:0], torch.zeros_like]
+)
 def test_a_damaged_code_is_refused(spoil):
-    code = _huffman(torch.from_numpy(drawn(4, 5000, 0, 2)), 4)
-    with pytest.raises(EcomoptError, match="damaged"): _unhuffman(spoil(code), 4, 5000)
+    code = _huffman_encode(torch.from_numpy(drawn(4, 5000, 0, 2)), 4)
+    with pytest.raises(EcomoptError, match="damaged"): _huffman_decode(spoil(code), 4, 5000)
 
 
 @pytest.mark.parametrize("claimed", [10, 4998, 5002, 10**9])
 def test_a_code_of_another_length_is_refused(claimed):
-    code = _huffman(torch.zeros(5000, dtype=torch.uint8), 4)
-    with pytest.raises(EcomoptError, match="damaged"): _unhuffman(code, 4, claimed)
+    code = _huffman_encode(torch.zeros(5000, dtype=torch.uint8), 4)
+    with pytest.raises(EcomoptError, match="damaged"): _huffman_decode(code, 4, claimed)
 
 
 # layers
@@ -174,11 +182,11 @@ def test_a_code_of_another_length_is_refused(claimed):
 @pytest.mark.parametrize("huffman", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits, group", [(2, None), (3, 48), (5, 1536), (8, None)])
-def test_a_layer_is_a_linear_layer_of_its_centres(bits, group, bias, huffman):
+def test_a_layer_is_a_linear_layer_of_its_centroids(bits, group, bias, huffman):
     layer, shared = shared_linear(bits, group, bias, huffman=huffman)
     x, group = random_weights(7, 48), group or 48 * 64
-    centres, places = kmeans(layer.weight.detach().reshape(-1, group), bits)
-    weight = centres.gather(1, places.long()).view(64, 48)
+    centroids, indices = kmeans(layer.weight.detach().reshape(-1, group), bits)
+    weight = centroids.gather(1, indices.long()).view(64, 48)
     assert torch.equal(shared.weight, weight) and shared.codebook.shape == (48 * 64 // group, 2**bits)
     with torch.no_grad(): assert torch.equal(shared(x), F.linear(x, weight, layer.bias))
     assert torch.equal(shared(x), F.linear(x, weight, layer.bias))
@@ -187,26 +195,27 @@ def test_a_layer_is_a_linear_layer_of_its_centres(bits, group, bias, huffman):
 
 
 @pytest.mark.parametrize("group", [24, 96, None])
-def test_a_centre_s_gradient_is_the_sum_over_its_weights(group):
+def test_a_centroid_s_gradient_is_the_sum_over_its_weights(group):
     _, shared = shared_linear(bits=3, group=group)
     x, weight = random_weights(5, 48), shared.weight.detach().requires_grad_()
     F.linear(x, weight, shared.bias.detach()).pow(3).sum().backward()
     shared(x).pow(3).sum().backward()
-    by_hand, places = torch.zeros_like(shared.codebook), shared.unpacked().flatten().tolist()
-    for i, (place, gradient) in enumerate(zip(places, weight.grad.flatten())): by_hand[i // shared.group, place] += gradient
-    assert torch.allclose(shared.codebook.grad, by_hand, rtol=1e-4, atol=1e-3)
+    summed = torch.zeros_like(shared.codebook)
+    for i, (index, gradient) in enumerate(zip(shared.indices().flatten().tolist(), weight.grad.flatten())):
+        summed[i // shared.group, index] += gradient
+    assert torch.allclose(shared.codebook.grad, summed, rtol=1e-4, atol=1e-3)
 
 
-def test_training_moves_centres_and_leaves_places():
+def test_training_moves_centroids_and_leaves_indices():
     _, shared = shared_linear()
-    x, places = random_weights(5, 48), shared.unpacked().clone()
+    x, indices = random_weights(5, 48), shared.indices().clone()
     with torch.no_grad(): before = shared(x)
     optimizer = torch.optim.SGD(shared.parameters(), lr=0.01)
     shared(x).square().sum().backward()
     optimizer.step()
     with torch.no_grad(): after = shared(x)
     assert not torch.equal(before, after) and torch.equal(after, F.linear(x, shared.weight, shared.bias))
-    assert torch.equal(shared.unpacked(), places) and len(shared.weight.unique()) <= 8
+    assert torch.equal(shared.indices(), indices) and len(shared.weight.unique()) <= 8
 
 
 def test_a_layer_that_has_answered_can_be_trained_through():
@@ -224,9 +233,9 @@ def test_a_layer_that_has_answered_can_be_trained_through():
 
 @pytest.mark.parametrize("group", [16, 48, 192, 4800])
 def test_a_table_looks_up_its_rows(group):
-    shared = _share(nn.Embedding(100, 48), bits=4, group=group, start="random", huffman=group > 48, seed=0)
+    shared = _share(nn.Embedding(100, 48), bits=4, group=group, init="random", huffman=group > 48, seed=0)
     ids = torch.tensor([[0, 99, 7], [7, 7, 50]])
-    assert isinstance(shared, SharedEmbedding) and torch.equal(shared(ids), shared.look_up()[ids])
+    assert isinstance(shared, SharedEmbedding) and torch.equal(shared(ids), shared.dequantize()[ids])
     shared(ids).sum().backward()
     assert shared.codebook.grad.sum() == ids.numel() * 48
 
@@ -247,7 +256,7 @@ def test_numbers_loaded_later_and_copies_start_anew():
     with torch.no_grad():
         first(x), other(x)
         twin = copy.deepcopy(first)
-        assert twin.ready is None and twin.places is None and torch.equal(twin(x), first(x))
+        assert twin._cache is None and twin._indices is None and torch.equal(twin(x), first(x))
         first.load_state_dict(other.state_dict())
         assert torch.equal(first(x), other(x)) and not torch.equal(twin(x), other(x))
 
@@ -263,7 +272,11 @@ def test_another_type_is_followed():
 # whole models
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("how", [dict(bits=8, embedding_bits=8), dict(bits=4, group=32, huffman=False), dict(bits=2, embedding_bits=None, start="random")])
+@pytest.mark.parametrize("how", [
+    dict(bits=8, embedding_bits=8),
+    dict(bits=4, group=32, huffman=False),
+    dict(bits=2, embedding_bits=None, init="random"),
+])
 def test_artifacts_answer_the_same(tmp_path, kind, how):
     model = MODELS[kind]()
     if kind == "uneven": how = {name: value for name, value in how.items() if name != "group"}
@@ -282,7 +295,8 @@ def test_a_fresh_process_says_the_same(tmp_path):
     code = ("import json, sys, ecomopt; texts = json.loads(sys.argv[1]);"
             "print(json.dumps([ecomopt.load(path).logits(texts).tolist() for path in sys.argv[2:]]))")
     paths = [str(tmp_path / name) for name in models]
-    answer = subprocess.run([sys.executable, "-c", code, json.dumps(TEXTS), *paths], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, json.dumps(TEXTS), *paths]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     for model, there in zip(models.values(), json.loads(answer.stdout)):
         assert torch.allclose(torch.tensor(there), model.logits(TEXTS), atol=1e-6)
 
@@ -310,7 +324,8 @@ def test_what_is_left_alone_stays():
     assert type(layers.get_input_embeddings()) is nn.Embedding
     assert sum(isinstance(m, SharedLinear) for m in layers.modules()) == 3 * 6 + 2
     later = share_weights(replace(model, model=words), bits=3, embedding_bits=None).model
-    assert sum(hasattr(m, "codebook") for m in later.modules()) == 3 * 6 + 2 + 2  # two types of token are too few weights for a codebook of 256
+    # two types of token are too few weights for a codebook of 256
+    assert sum(hasattr(m, "codebook") for m in later.modules()) == 3 * 6 + 2 + 2
     assert type(share_weights(model, bits=8).model.classifier) is nn.Linear  # 128 weights would need a codebook of 256
 
 
@@ -328,7 +343,7 @@ def test_what_can_be_counted_is_counted_as_before():
 
 
 def test_random_starts_differ_by_seed_alone():
-    one, same, other = (share_weights(tiny.classifier(), start="random", seed=seed).logits(TEXTS) for seed in (0, 0, 1))
+    one, same, other = (share_weights(tiny.classifier(), init="random", seed=seed).logits(TEXTS) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -350,7 +365,9 @@ def test_distillation_trains_the_codebooks(monkeypatch, tmp_path):
 # in int8
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("how", [dict(bits=2), dict(bits=4, group=32), dict(bits=5, embedding_bits=None, huffman=False)])
+@pytest.mark.parametrize(
+    "how", [dict(bits=2), dict(bits=4, group=32), dict(bits=5, embedding_bits=None, huffman=False)]
+)
 def test_a_quantized_model_keeps_its_codebooks(tmp_path, kind, how):
     if kind == "uneven": how = {name: value for name, value in how.items() if name != "group"}
     shared = share_weights(MODELS[kind](), **how)
@@ -381,7 +398,9 @@ def test_layers_that_were_not_shared_stay_in_int8():
     assert type(small.model.classifier) is Int8Linear and isinstance(small.model.bert.pooler.dense, SharedInt8Linear)
 
 
-@pytest.mark.parametrize("make", [lambda c: c, quantize, lambda c: share_weights(c, bits=None), lambda c: codebooks_to_int8(share_weights(c))])
+@pytest.mark.parametrize("make", [
+    lambda c: c, quantize, lambda c: share_weights(c, bits=None), lambda c: codebooks_to_int8(share_weights(c)),
+])
 def test_there_must_be_codebooks_to_keep(make):
     model = make(tiny.classifier())
     with pytest.raises(EcomoptError, match="no linear layers with shared weights"): codebooks_to_int8(model)
@@ -390,10 +409,21 @@ def test_there_must_be_codebooks_to_keep(make):
 # bad input
 
 @pytest.mark.parametrize("wrong, what", [
-    (dict(bits=1), "of 1 bits"), (dict(bits=9), "of 9 bits"), (dict(bits=2.5), "of 2.5 bits"), (dict(bits="4"), "of '4' bits"),
-    (dict(bits=True), "of True bits"), (dict(embedding_bits=0), "argument embedding_bits"), (dict(embedding_bits=16), "argument embedding_bits"),
-    (dict(group=0), "group is 0"), (dict(group=-32), "group is -32"), (dict(group=1.5), "group is 1.5"), (dict(group=37), "groups of 37"),
-    (dict(group=4096), "groups of 4096"), (dict(bits=8, group=256), "more than 256 weights"), (dict(start="best"), "'best'"), (dict(bits=None, embedding_bits=None), "nothing to share"),
+    (dict(bits=1), "of 1 bits"),
+    (dict(bits=9), "of 9 bits"),
+    (dict(bits=2.5), "of 2.5 bits"),
+    (dict(bits="4"), "of '4' bits"),
+    (dict(bits=True), "of True bits"),
+    (dict(embedding_bits=0), "argument embedding_bits"),
+    (dict(embedding_bits=16), "argument embedding_bits"),
+    (dict(group=0), "group is 0"),
+    (dict(group=-32), "group is -32"),
+    (dict(group=1.5), "group is 1.5"),
+    (dict(group=37), "groups of 37"),
+    (dict(group=4096), "groups of 4096"),
+    (dict(bits=8, group=256), "more than 256 weights"),
+    (dict(init="best"), "'best'"),
+    (dict(bits=None, embedding_bits=None), "nothing to share"),
 ])
 def test_bad_input_is_refused_before_any_work(monkeypatch, wrong, what):
     model = tiny.classifier()

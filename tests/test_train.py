@@ -33,19 +33,20 @@ def test_a_finished_training_is_not_repeated(checkpoint, monkeypatch):
     assert fingerprint(finetune(checkpoint, task, epochs=1)) == fingerprint(first)
 
 
-def test_a_training_need_not_be_kept(checkpoint, tmp_path):
+def test_a_training_need_not_be_cached(checkpoint, tmp_path):
     kept = fingerprint(finetune(checkpoint, tiny.task(), epochs=1))
     before = sorted(tmp_path.rglob("*"))
     for seed in (0, 1):
-        alone = finetune(checkpoint, tiny.task(), epochs=1, seed=seed, keep=False, save_strategy="epoch")
+        alone = finetune(checkpoint, tiny.task(), epochs=1, seed=seed, cache=False, save_strategy="epoch")
         assert (fingerprint(alone) == kept) == (seed == 0) and len(alone.predict(["good"])) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=1e-4), dict(epochs=2), dict(weight_decay=0.5)])
-def test_every_setting_makes_another_training(checkpoint, change):
+def test_every_argument_makes_another_training(checkpoint, change):
     task = tiny.task()
-    assert fingerprint(finetune(checkpoint, task, **{"epochs": 1, **change})) != fingerprint(finetune(checkpoint, task, epochs=1))
+    changed = finetune(checkpoint, task, **{"epochs": 1, **change})
+    assert fingerprint(changed) != fingerprint(finetune(checkpoint, task, epochs=1))
 
 
 class Louder(TrainerCallback):
@@ -78,7 +79,7 @@ def test_a_killed_training_leaves_nothing(checkpoint, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache" / "finetune").glob("[!.]*"))
 
 
-def test_order_and_company_do_not_matter():
+def test_logits_do_not_depend_on_the_rest_of_the_batch():
     model = tiny.classifier()
     texts = ["good", "the battery is awful and very very slow", "", "x" * 1000, "not bad"]
     alone = torch.cat([model.logits([text]) for text in texts])
@@ -99,8 +100,10 @@ def test_a_string_is_not_a_list():
     with pytest.raises(EcomoptError, match="single string"): tiny.classifier().predict("good")
 
 
-@pytest.mark.parametrize("wrong", [dict(epochs=0), dict(learning_rate=0), dict(learning_rate=float("nan")), dict(batch_size=-1)])
-def test_impossible_settings(wrong):
+@pytest.mark.parametrize(
+    "wrong", [dict(epochs=0), dict(learning_rate=0), dict(learning_rate=float("nan")), dict(batch_size=-1)]
+)
+def test_impossible_arguments(wrong):
     with pytest.raises(EcomoptError, match="Give a number above 0"):
         training_arguments(**{"epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "seed": 0, **wrong})
 
@@ -120,7 +123,7 @@ def test_three_classes(checkpoint):
     assert load_model(checkpoint, ("a", "b", "c")).logits(["good"]).shape == (1, 3)
 
 
-def test_a_shrunk_model_saved_without_its_shapes_is_refused(tmp_path):
+def test_a_pruned_model_saved_without_its_shapes_is_refused(tmp_path):
     small = prune_structured(tiny.classifier(), heads=2)
     small.model.save_pretrained(tmp_path)
     small.tokenizer.save_pretrained(tmp_path)

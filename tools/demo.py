@@ -16,6 +16,7 @@ from tools.generate import QUICKSTART
 from tools.run import ROOT, duration
 
 FOLDER = ROOT / "_demo"
+BUSY = 0.2  # of the cores, used by others
 COLUMNS = "accuracy %", "95 % interval", "p50 ms", "sentences/s", "× throughput", "MB"
 
 
@@ -68,7 +69,7 @@ def run(console: Console) -> dict:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        trainer.DEFAULT_CALLBACKS.append(lambda: Steps(progress))
+        trainer.DEFAULT_CALLBACKS.append(Steps(progress))
         for number, stage in enumerate(todo, 1):
             left = sum(one.seconds for one in todo[number - 1:]) * (max(spent / planned, 1.0) if planned > 5 else 1.0)
             bar = progress.add_task(f"{number}/{len(todo)} {stage.title}, about {duration(left)} left", total=None)
@@ -90,18 +91,23 @@ def show(namespace: dict, console: Console) -> None:
     console.print(table)
 
 
+def save_figure(namespace: dict) -> None:
+    "The figure of the comparison."
+    namespace["comparison"].plot().savefig(FOLDER / "tradeoff.png", dpi=150)
+
+
 def main() -> None:
     "Run the quickstart and say where everything lies."
     matplotlib.use("agg")
     console, seconds, others = Console(highlight=False), sum(stage.seconds for stage in stages()), busy()
     console.print(f"The quickstart in full: about {duration(seconds)} min, less where trainings are in the cache.")
-    if others > 0.2:
+    if others > BUSY:
         console.print(f"This machine is busy: other processes use {others:.0%} of its cores. "
-                      f"Expect {duration(seconds / max(1 - others, 0.2))} min or more.")
+                      f"Expect {duration(seconds / max(1 - others, 0.1))} min or more.")
     FOLDER.mkdir(exist_ok=True)
     os.chdir(FOLDER)
     namespace = run(console)
-    namespace["comparison"].plot().savefig("tradeoff.png", dpi=150)
+    save_figure(namespace)
     show(namespace, console)
     for name, path in (("figure", "tradeoff.png"), ("artifact", "small")):
         console.print(f"{name:9}{FOLDER.name}/{path}")

@@ -30,32 +30,46 @@ from torch.utils.data import Sampler
 from .. import EcomoptError
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #c92f4e5b
-def _work(worker: Callable, args: tuple, processes: int, folder: str, timeout: float, threads: int, environment: dict, rank: int) -> None:
-    "Be one of the processes: join the group, work, and leave the result, or the error, in the folder."
+def _work(
+    worker: Callable, args: tuple, processes: int, folder: str, timeout: float, threads: int,
+    environment: dict, rank: int,
+) -> None:
+    "Be one of the processes: join the group, work, leave the result, or the error, in the folder."
     try:
         torch.set_num_threads(threads)
-        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-        device = torch.device("cuda", rank) if torch.cuda.device_count() >= processes else torch.device("cpu")
-        if device.type == "cuda": torch.cuda.set_device(device)
-        dist.init_process_group(init_method=f"file://{folder}/group", rank=rank, world_size=processes, timeout=timedelta(seconds=timeout))
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+        os.environ.update(environment, **{name: str(number) for name, number in own.items()})
+        device = torch.device("cpu")
+        if torch.cuda.device_count() >= processes:
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            init_method=f"file://{folder}/group", rank=rank, world_size=processes,
+            timeout=timedelta(seconds=timeout),
+        )
         torch.save(worker(rank, *send_to_device(args, device)), f"{folder}/{rank}.pt")
         dist.destroy_process_group()
     except BaseException as error:
-        Path(folder, f"{rank}.error").write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        note = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        Path(folder, f"{rank}.error").write_text(note)
         os._exit(1)
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #ac067579
 def _failure(exits: list[int | None], folder: str) -> EcomoptError:
     "Name the process that failed first; the others fail later, because they miss it."
-    notes = {rank: note for rank in range(len(exits)) if (note := Path(folder, f"{rank}.error")).exists()}
+    notes = {rank: Path(folder, f"{rank}.error") for rank in range(len(exits))}
+    notes = {rank: note for rank, note in notes.items() if note.exists()}
     died = [rank for rank, code in enumerate(exits) if code and rank not in notes]
     first = died[0] if died else min(notes, key=lambda rank: notes[rank].stat().st_mtime_ns)
     name = f"Process {first} of {len(exits)}"
     if died:
-        how = signal.Signals(-exits[first]).name if exits[first] < 0 else f"exit code {exits[first]}"
-        return EcomoptError(f"{name} died: {how}.", "launch", "After SIGKILL, see whether memory ran out; else look at what it printed.")
+        code = exits[first]
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        do = "After SIGKILL, see whether memory ran out; else look at what it printed."
+        return EcomoptError(f"{name} died: {how}.", "launch", do)
     what, _, trace = notes[first].read_text().partition("\n")
-    error = EcomoptError(f"{name} failed: {what}", "launch", "Mend the worker; its own traceback is printed above this one.")
+    do = "Correct the worker; its own traceback is printed above this one."
+    error = EcomoptError(f"{name} failed: {what}", "launch", do)
     error.__cause__ = RuntimeError(f"in process {first}\n{trace}")
     return error
 
@@ -65,54 +79,77 @@ def _wait(crew: list, timeout: float, folder: str) -> None:
     end = monotonic() + timeout
     while running := [process.sentinel for process in crew if process.exitcode is None]:
         if not wait(running, max(0, end - monotonic())):
-            raise EcomoptError(f"{len(running)} of {len(crew)} processes did not finish in {timeout} seconds.", "launch",
-                "See what they wait for, or give a longer timeout.")
+            what = f"{len(running)} of {len(crew)} processes did not finish in {timeout} seconds."
+            raise EcomoptError(what, "launch", "See what they wait for, or give a longer timeout.")
         if any(process.exitcode for process in crew):
             wait(running, 0.5)  # so that it is known of each whether it died or failed
             raise _failure([process.exitcode for process in crew], folder)
+
+# %% ../../nbs/accelerate/31_data_parallel.ipynb #743f0d6b
+def _forkserver() -> multiprocessing.context.BaseContext:
+    "A server that has imported torch, and starts a process in a moment."
+    # cloudpickle takes any `.config` for this module
+    copyreg.pickle(type(dist.config), lambda module: (import_module, (module.__name__,)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ecomopt.accelerate.data_parallel", "ecomopt.core.train"])
+    return context
+
+
+def _stop(crew: list) -> None:
+    "End all processes that were started."
+    for process in crew:
+        if process.pid:
+            process.kill()
+            process.join()
 
 
 def _result(path: str) -> object:
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise EcomoptError("A worker returned more than tensors and plain data.", "launch", "Return tensors, numbers, texts, lists and dicts.") from error
+        raise EcomoptError(
+            "A worker returned more than tensors and plain data.", "launch",
+            "Return tensors, numbers, texts, lists and dicts.",
+        ) from error
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #e02c01ee
 def launch(
-    worker: Callable,      # called as worker(rank, *args) in every process; it may be defined in a notebook
-    processes: int,        # how many
-    *args: object,         # of the worker; tensors and models arrive on the process's own device
+    worker: Callable,      # called as worker(rank, *args) in every process; may be of a notebook
+    num_processes: int,    # 1 or more
+    *args: object,         # of the worker; tensors and models are moved to the process's own device
     threads: int = 1,      # of torch, in each process
     timeout: float = 300,  # seconds that the whole may take, and any wait inside of it
 ) -> list:                 # what each process returned, by rank: tensors and plain data
-    "Run a function in several processes that can talk with one another (`torch.distributed`)."
-    if processes < 1: raise EcomoptError(f"{processes} processes cannot work.", "argument processes", "Give a number of 1 or more.")
-    copyreg.pickle(type(dist.config), lambda module: (import_module, (module.__name__,)))  # what cloudpickle takes any `.config` for
-    context = multiprocessing.get_context("forkserver")  # imports once, then starts a process in a moment
-    context.set_forkserver_preload(["ecomopt.accelerate.data_parallel", "ecomopt.core.train"])
+    "Run a function in several processes that can communicate (`torch.distributed`)."
+    if num_processes < 1:
+        what = f"{num_processes} processes cannot work."
+        raise EcomoptError(what, "argument num_processes", "Give a number of 1 or more.")
     with tempfile.TemporaryDirectory() as folder:
-        work = wrap_non_picklable_objects(partial(_work, worker, args, processes, folder, timeout, threads, dict(os.environ)))
-        crew = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(processes)]
+        settings = worker, args, num_processes, folder, timeout, threads, dict(os.environ)
+        work = wrap_non_picklable_objects(partial(_work, *settings))
+        ranks, context = range(num_processes), _forkserver()
+        crew = [context.Process(target=work, args=(rank,), daemon=True) for rank in ranks]
         try:
             for process in crew: process.start()
             _wait(crew, timeout, folder)
-            return [_result(f"{folder}/{rank}.pt") for rank in range(processes)]
+            return [_result(f"{folder}/{rank}.pt") for rank in ranks]
         finally:
-            for process in crew:
-                if process.pid: process.kill(); process.join()
+            _stop(crew)
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #c67a8435
 class ShardSampler(Sampler[int]):
-    "The rows of one process: over all processes every row comes once, and no part is longer than another by more than one."
+    "The rows of one process: every row is in one process, and their numbers differ by at most one."
 
     def __init__(self,
-        rows: int,       # of the data set
-        rank: int,       # this process, from 0
-        processes: int,  # that share the rows
-        seed: int = 0,   # of the shuffling
+        num_samples: int,   # rows of the data set
+        rank: int,          # this process, from 0
+        num_replicas: int,  # processes that share the rows
+        seed: int = 0,      # of the shuffling
     ):
-        if not 0 <= rank < processes: raise EcomoptError(f"There is no process {rank} of {processes}.", "ShardSampler", "Count from 0.")
-        self.rows, self.rank, self.processes, self.seed, self.epoch = rows, rank, processes, seed, 0
+        if not 0 <= rank < num_replicas:
+            what = f"There is no process {rank} of {num_replicas}."
+            raise EcomoptError(what, "ShardSampler", "Count from 0.")
+        self.num_samples, self.rank, self.num_replicas = num_samples, rank, num_replicas
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self,
         epoch: int,  # counted from 0
@@ -121,7 +158,8 @@ class ShardSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        return iter(order[self.rank::self.processes].tolist())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        return iter(order[self.rank::self.num_replicas].tolist())
 
-    def __len__(self) -> int: return len(range(self.rank, self.rows, self.processes))
+    def __len__(self) -> int: return len(range(self.rank, self.num_samples, self.num_replicas))

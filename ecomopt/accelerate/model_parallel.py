@@ -23,75 +23,85 @@ from ..compress.structured import _PARTS
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #e8ea0cbf
 def _check_split(
-    model: PreTrainedModel,                        # BERT, DistilBERT or LLaMA type
-    processes: int,                                # that shall share its layers
-    parts: Sequence[str] = ("heads", "neurons"),   # what to split
+    model: PreTrainedModel, num_processes: int, parts: Sequence[str] = ("heads", "neurons")
 ) -> None:
     "Raise unless the processes can share the heads and neurons evenly."
-    config = model.config
+    config, name = model.config, type(model).__name__
     if config.model_type not in _PARTS:
-        raise EcomoptError(f"{type(model).__name__} cannot be split here.", "tensor_parallel", f"Use one of {', '.join(_PARTS)}.")
-    known = {"heads": {"heads": config.num_attention_heads, "key heads": getattr(config, "num_key_value_heads", processes)},
-             "neurons": {"neurons": getattr(config, _PARTS[config.model_type]["width"])}}
+        what = f"{name} cannot be split here."
+        raise EcomoptError(what, "tensor_parallel", f"Use one of {', '.join(_PARTS)}.")
+    key_heads = getattr(config, "num_key_value_heads", num_processes)
+    known = {
+        "heads": {"heads": config.num_attention_heads, "key heads": key_heads},
+        "neurons": {"neurons": getattr(config, _PARTS[config.model_type]["width"])},
+    }
     if not parts or not set(parts) <= known.keys():
-        raise EcomoptError(f"There is nothing to split in {parts!r}.", "argument parts", "Name heads, neurons or both.")
+        what = f"There is nothing to split in {parts!r}."
+        raise EcomoptError(what, "argument parts", "Name heads, neurons or both.")
     for part in parts:
-        for name, number in known[part].items():
-            if number % processes:
-                raise EcomoptError(f"{processes} processes cannot share {number} {name}.", type(model).__name__,
-                    f"Use a number of processes that divides {number}" + (", or parts=['neurons']." if part == "heads" else "."))
+        for unit, number in known[part].items():
+            if not number % num_processes: continue
+            what = f"{num_processes} processes cannot share {number} {unit}."
+            otherwise = ", or parts=['neurons']." if part == "heads" else "."
+            do = f"Use a number of processes that divides {number}{otherwise}"
+            raise EcomoptError(what, name, do)
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #e88d52d4
-def _maps(model: PreTrainedModel, parts: Sequence[str]) -> Iterator[tuple[nn.Module, list[str], str]]:
-    "Each layer with the names of the linear maps that lead to its heads or neurons, and of the one that leads on."
+def _projections(
+    model: PreTrainedModel, parts: Sequence[str]
+) -> Iterator[tuple[nn.Module, list[str], str]]:
+    "Each layer with the names of the input projections and the output projection of its parts."
     for layer in transformer_layers(model):
         for part in parts:
-            *first, last = _PARTS[model.config.model_type][part]
-            yield layer, first, last
+            *inputs, output = _PARTS[model.config.model_type][part]
+            yield layer, inputs, output
 
 
 def tensor_parallel(
-    model: PreTrainedModel,                        # in every process the same; it is changed in place
-    parts: Sequence[str] = ("heads", "neurons"),   # what to split; the rest stays whole in every process
-) -> PreTrainedModel:                              # with the same outputs, and gradients for the process's own part
+    model: PreTrainedModel,  # in every process the same; it is changed in place
+    parts: Sequence[str] = ("heads", "neurons"),  # what to split; the rest stays whole
+) -> PreTrainedModel:  # with the same outputs, and gradients for the process's own part
     "Give each process its part of the heads and neurons of every layer (Shoeybi et al. 2019)."
     _check_split(model, dist.get_world_size(), parts)
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    for layer, first, last in _maps(model, parts):
-        parallelize_module(layer, mesh, {**{name: ColwiseParallel() for name in first}, last: RowwiseParallel()})
+    for layer, inputs, output in _projections(model, parts):
+        plan = {name: ColwiseParallel() for name in inputs}
+        parallelize_module(layer, mesh, {**plan, output: RowwiseParallel()})
     return model
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #c71ea96d
 def shard(
     model: PreTrainedModel,  # in every process the same; it is changed in place
 ) -> PreTrainedModel:        # to be trained as before; make the optimizer after this
-    "Spread weights, gradients and optimizer over all processes; each layer comes together while it is used (Rajbhandari et al. 2020)."
+    "Shard weights, gradients and optimizer over all processes (FSDP; Rajbhandari et al. 2020)."
     for layer in transformer_layers(model): fully_shard(layer)
     fully_shard(model)
     return model
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #087d518c
-def _is_cut(model: PreTrainedModel, parts: Sequence[str]) -> set[torch.Tensor]:
-    "The weights that `tensor_parallel` cuts: all of the maps that lead to heads or neurons, and the matrix of the one that leads on."
+def _split_weights(model: PreTrainedModel, parts: Sequence[str]) -> set[torch.Tensor]:
+    "What `tensor_parallel` splits: the input projections, and the matrix of the output projection."
     found = set()
-    for layer, first, last in _maps(model, parts):
-        found |= {layer.get_submodule(last).weight}.union(*(layer.get_submodule(name).parameters() for name in first))
+    for layer, inputs, output in _projections(model, parts):
+        found.add(layer.get_submodule(output).weight)
+        for name in inputs: found.update(layer.get_submodule(name).parameters())
     return found
 
 
 def predict_bytes(
-    model: PreTrainedModel,             # as it is in one process
-    processes: int,                     # that shall share it
-    parts: Sequence[str] | None = None, # what `tensor_parallel` splits; if not given, everything is sharded
-) -> dict[str, int]:                    # weights, gradients, optimizer: bytes that the first process holds after a step of Adam
-    "Predict what a process holds: its part of each weight, four times (Rajbhandari et al. 2020, section 3)."
-    cut = _is_cut(model, parts) if parts else set()
-    def numbers(p):
-        if parts is None: return -(-p.shape[0] // processes) * (p.numel() // p.shape[0])  # its rows; the last process may have fewer
-        return p.numel() // processes if p in cut else p.numel()
-    weights = sum(numbers(p) * p.element_size() for p in model.parameters())
-    gradients = sum(numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
-    return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients}
+    model: PreTrainedModel,              # as it is in one process
+    num_processes: int,                  # that shall share it
+    parts: Sequence[str] | None = None,  # what `tensor_parallel` splits; None: all is sharded
+) -> dict[str, int]:                     # weights, gradients, optimizer of the first process
+    "Predict the bytes after a step of Adam (Rajbhandari et al. 2020, section 3)."
+    split = _split_weights(model, parts) if parts else set()
+    def held(p):
+        if parts is not None: return p.numel() // num_processes if p in split else p.numel()
+        rows = -(-p.shape[0] // num_processes)  # the last process may have fewer
+        return rows * (p.numel() // p.shape[0])
+    size = {p: held(p) * p.element_size() for p in model.parameters()}
+    gradients = sum(size[p] for p in model.parameters() if p.requires_grad)
+    return {"weights": sum(size.values()), "gradients": gradients, "optimizer": 2 * gradients}
 
 # %% ../../nbs/accelerate/32_model_parallel.ipynb #1daeb48d
 def allocated_bytes(
@@ -102,5 +112,9 @@ def allocated_bytes(
     def size(tensors):
         tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
-    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()]
-    return {"weights": size(model.parameters()), "gradients": size(p.grad for p in model.parameters()), "optimizer": size(states)}
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "weights": size(model.parameters()),
+        "gradients": size(p.grad for p in model.parameters()),
+        "optimizer": size(t for t in states if torch.is_tensor(t) and t.dim()),
+    }

@@ -20,7 +20,7 @@ from ..compress.distill import transformer_layers
 
 # %% ../../nbs/accelerate/33_pipeline.ipynb #0a20d6b8
 class Stage(nn.Module):
-    "Some layers of a BERT classifier: the first stage begins with the embeddings, the last ends with the head."
+    "Some layers of a BERT classifier; the first stage has the embeddings, the last one the head."
 
     def __init__(self,
         model: PreTrainedModel,  # whose layers these are; they are shared, not copied
@@ -30,41 +30,50 @@ class Stage(nn.Module):
         stack = transformer_layers(model)
         self.embeddings = model.base_model.embeddings if layers.start == 0 else None
         self.layers = nn.ModuleList(stack[i] for i in layers)
-        self.head = nn.Sequential(model.bert.pooler, model.dropout, model.classifier) if layers.stop == len(stack) else None
+        self.head = None
+        if layers.stop == len(stack):
+            self.head = nn.Sequential(model.bert.pooler, model.dropout, model.classifier)
 
     def forward(self, x, mask):
-        "Turn token ids [b, L] or hidden states [b, L, d], with a mask of real tokens [b, L], into hidden states or logits [b, C]."
+        "Token ids [b, L] or hidden states [b, L, d], mask [b, L] → hidden states or logits [b, C]."
         h = x if self.embeddings is None else self.embeddings(x)
-        bias = (1 - mask[:, None, None].to(h.dtype)) * torch.finfo(h.dtype).min  # nobody looks at padding
+        padding = 1 - mask[:, None, None].to(h.dtype)
+        bias = padding * torch.finfo(h.dtype).min  # no token attends to padding
         for layer in self.layers: h = layer(h, bias)
         return h if self.head is None else self.head(h)
 
 # %% ../../nbs/accelerate/33_pipeline.ipynb #7b077a6e
 def split_layers(
     model: PreTrainedModel,  # a BERT classifier
-    stages: int,             # how many; they must divide the number of layers
+    num_stages: int,         # must divide the number of layers
 ) -> list[Stage]:            # one for each process
     "Cut an encoder into stages of equally many layers (Huang et al. 2019)."
     if model.config.model_type != "bert" or not hasattr(model, "classifier"):
-        raise EcomoptError(f"{type(model).__name__} cannot be cut here.", "split_layers",
-            "Use a BERT classifier, or torch.distributed.pipelining.pipeline, which traces other models.")
+        raise EcomoptError(
+            f"{type(model).__name__} cannot be split into stages here.",
+            "split_layers",
+            "Use a BERT classifier, or torch.distributed.pipelining.pipeline for other models.",
+        )
     total = len(transformer_layers(model))
-    if stages < 1 or total % stages:
-        raise EcomoptError(f"{total} layers cannot be dealt out evenly to {stages} stages.", "argument stages",
-            f"Use {', '.join(str(n) for n in range(1, total + 1) if total % n == 0)} processes.")
-    size = total // stages
+    if num_stages < 1 or total % num_stages:
+        raise EcomoptError(
+            f"{total} layers do not divide into {num_stages} stages.",
+            "argument num_stages",
+            f"Use {', '.join(str(n) for n in range(1, total + 1) if total % n == 0)} processes.",
+        )
+    size = total // num_stages
     return [Stage(model, range(start, start + size)) for start in range(0, total, size)]
 
 # %% ../../nbs/accelerate/33_pipeline.ipynb #a08c189e
 class RecordedStage(PipelineStage):
-    "A pipeline stage of torch that writes down when it works on what: (stage, \"F\" or \"B\", micro-batch, start, end), in seconds."
+    "A stage that records its passes: (stage, \"F\" or \"B\", micro-batch, start, end), in seconds."
 
     def __init__(self,
         module: nn.Module,  # what this process computes
-        stage: int,         # its place in the chain, from 0
-        stages: int,        # in the chain
+        stage_index: int,   # its place in the chain, from 0
+        num_stages: int,    # in the chain
     ):
-        super().__init__(module, stage, stages, next(module.parameters()).device)
+        super().__init__(module, stage_index, num_stages, next(module.parameters()).device)
         self.events = []
 
     def _timed(self, kind: str, work, i: int, *args, **kwargs):
@@ -75,39 +84,45 @@ class RecordedStage(PipelineStage):
         return result
 
     def forward_one_chunk(self, *args, **kwargs):
-        "Work forward on one micro-batch, by the clock."
+        "The forward pass of one micro-batch, timed."
         return self._timed("F", super().forward_one_chunk, *args, **kwargs)
 
     def backward_one_chunk(self, *args, **kwargs):
-        "Work backward on one micro-batch, by the clock."
+        "The backward pass of one micro-batch, timed."
         return self._timed("B", super().backward_one_chunk, *args, **kwargs)
 
 # %% ../../nbs/accelerate/33_pipeline.ipynb #7dd766cf
 def bubble_fraction(
-    stages: int,        # p
-    microbatches: int,  # m
-) -> float:             # share of the time that is lost, 0…1
+    num_stages: int,      # p
+    n_microbatches: int,  # m
+) -> float:               # fraction of the time, 0…1
     "Predict how much of their time equally fast stages are idle (Huang et al. 2019, section 2.3)."
-    return (stages - 1) / (microbatches + stages - 1)
+    return (num_stages - 1) / (n_microbatches + num_stages - 1)
 
 
 def idle_fraction(
     events: Sequence[tuple],  # (stage, kind, micro-batch, start, end) of all stages
-) -> float:                   # share of the time between the first start and the last end, 0…1
+) -> float:                   # fraction of the time between the first start and the last end, 0…1
     "Measure how much of their time the stages were idle."
-    stages, start, end = len({event[0] for event in events}), min(event[3] for event in events), max(event[4] for event in events)
-    return 1 - sum(event[4] - event[3] for event in events) / (stages * (end - start))
+    num_stages = len({event[0] for event in events})
+    start = min(event[3] for event in events)
+    end = max(event[4] for event in events)
+    return 1 - sum(event[4] - event[3] for event in events) / (num_stages * (end - start))
 
 # %% ../../nbs/accelerate/33_pipeline.ipynb #bb45752a
 def plot_schedule(
     events: Sequence[tuple],     # (stage, kind, micro-batch, start, end) of all stages
     ax: plt.Axes | None = None,  # where to draw; the current one if not given
-) -> plt.Axes:                   # with milliseconds since the first start
-    "Draw what each stage did when: forward passes blue, backward passes green, with the number of the micro-batch."
-    ax, begin = ax or plt.gca(), min(event[3] for event in events)
+) -> plt.Axes:  # with milliseconds since the first start
+    "Draw when each stage did what: forward passes blue, backward passes green."
+    ax = ax or plt.gca()
+    begin = min(event[3] for event in events)
+    colors = {"F": "tab:blue", "B": "tab:green"}
     for stage, kind, i, start, end in events:
-        ax.barh(stage, 1000 * (end - start), left=1000 * (start - begin), color={"F": "tab:blue", "B": "tab:green"}[kind], edgecolor="white")
-        ax.text(500 * (start + end - 2 * begin), stage, i, ha="center", va="center", color="white", fontsize=7)
+        left, width = 1000 * (start - begin), 1000 * (end - start)
+        ax.barh(stage, width, left=left, color=colors[kind], edgecolor="white")
+        ax.text(left + width / 2, stage, i, ha="center", va="center", color="white", fontsize=7)
     stages = sorted({event[0] for event in events})
-    ax.set(yticks=stages, yticklabels=[f"stage {stage}" for stage in stages], xlabel="milliseconds", ylim=(len(stages) - 0.5, -0.5))
+    ax.set(yticks=stages, yticklabels=[f"stage {stage}" for stage in stages])
+    ax.set(xlabel="milliseconds", ylim=(len(stages) - 0.5, -0.5))
     return ax

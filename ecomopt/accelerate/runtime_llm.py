@@ -20,9 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import EcomoptError
-from .runtime import RuntimeFiles, _open_openvino_model, _quietly, _require, _within
+from .runtime import RuntimeFiles, _open_openvino_model, _silenced, _require, _with_timeout
 from ..compress.quantize import quantize_per_channel
-from ..compress.quantize_llm import quantize_groups
+from ..compress.quantize_llm import quantize_per_group_asymmetric
 from ..core.artifact import Rebuildable
 from ..core.generate import LanguageModel, greedy_decoding
 from ..core.measure import count_parameters
@@ -133,7 +133,7 @@ def _four(x, W: torch.Tensor, group: int = 32):
     "A product with weights of four bits: the kernel counts from 8, and what a group's lowest value adds is a product of its own."
     from openvino import Type
     from openvino import opset13 as ops
-    (integers, step, low), (m, n) = quantize_groups(W, group), W.shape
+    (integers, step, low), (m, n) = quantize_per_group_asymmetric(W, group), W.shape
     fours = ops.constant(integers.numpy().reshape(m, -1, group), dtype=Type.u4)
     unpacked = ops.subtract(ops.convert(fours, "f16"), ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f16"))
     unpacked = ops.reshape(ops.multiply(unpacked, ops.constant(step.half().numpy()[..., None])), ops.constant([m, n]), False)
@@ -170,7 +170,7 @@ class LanguageRuntime(RuntimeFiles):
     "A language model as OpenVINO's files; it remembers one text, or one batch of texts, and writes it on."
     settings, text, length = ("sizes", "runtime", "bits", "weights"), 0, 0  # number of the text, and its tokens so far
 
-    def open(self) -> Callable:
+    def create_session(self) -> Callable:
         "Compile for this processor; sums and memory in float32. What was written before is lost."
         self.length = -1
         return _open_openvino_model(self.files(), torch.get_num_threads())
@@ -178,7 +178,7 @@ class LanguageRuntime(RuntimeFiles):
     def forward(self, input_ids: torch.Tensor, past_key_values: Generation | None = None, attention_mask: torch.Tensor | None = None,
                 logits_to_keep: int = 0, **others) -> CausalLMOutputWithPast:
         "Token ids [B, L] after what was written before → logits [B, logits_to_keep, V], or of all L tokens."
-        request, (B, L), before = self.answering(), input_ids.shape, past_key_values.length if past_key_values else 0
+        request, (B, L), before = self.session(), input_ids.shape, past_key_values.length if past_key_values else 0
         if past_key_values is None: self.text, _ = self.text + 1, request.reset_state()
         elif past_key_values != Generation(self.text, self.length):
             raise EcomoptError("Another text was begun since, and this one is forgotten.", "past_key_values", "Write one text, or one batch of texts, at a time.")
@@ -198,7 +198,7 @@ def _make(lm: LanguageModel, bits: int) -> LanguageModel:
     graph = _with_memory(_with_fewer_bits(_graph(lm.model), bits) if bits < 32 else _graph(lm.model))
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(graph, Path(folder) / "graph.xml", compress_to_fp16=False)
-        model = LanguageRuntime.read(Path(folder), lm.model.config, runtime="openvino", bits=bits, weights=count_parameters(lm.model))
+        model = LanguageRuntime.from_folder(Path(folder), lm.model.config, runtime="openvino", bits=bits, weights=count_parameters(lm.model))
     greedy_decoding(model, [[1], [1, 2]], 2)
     return replace(lm, model=model)
 
@@ -215,7 +215,7 @@ def convert_language_model(
     if any(isinstance(module, Rebuildable) for module in lm.model.modules()):
         raise EcomoptError("The model is quantized or converted already.", "convert_language_model", "Pass the float model; bits=4 and bits=8 quantize it.")
     try:
-        with _quietly(): return _within(seconds, _make, lm, bits)
+        with _silenced(): return _with_timeout(seconds, _make, lm, bits)
     except Exception as error:  # a converter has its own kinds
         raise EcomoptError(f"OpenVINO cannot run the model with {bits} bits: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
                            type(lm.model).__name__, "Use quantize_language_model, which stays in torch.") from error

@@ -9,50 +9,44 @@ __all__ = ['distillation_loss', 'hidden_loss', 'attention_loss', 'DistillationTr
 # %% ../../nbs/compress/20_distill.ipynb #62214716
 import copy
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from numbers import Integral, Real
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate.utils import convert_to_fp32
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer
 
 from .. import EcomoptError
-from ..core.artifact import load, save
-from ..core.assets import cached
-from ..core.data import Task
-from ..core.train import Classifier, cached_training, digest, fingerprint, run, tokenized, training_arguments
+from ..core.train import Classifier
 
 # %% ../../nbs/compress/20_distill.ipynb #77a2ca07
 def distillation_loss(
-    student: torch.Tensor,           # logits z^s [N, C]
-    teacher: torch.Tensor,           # logits z^t [N, C]
-    labels: torch.Tensor,            # classes [N]; -100 where there is none
-    temperature: float = 2.0,        # T > 0
-    alpha: float = 0.9,              # weight of the soft loss, 0…1
-    reverse: bool = False,           # KL(student ‖ teacher) instead (Gu et al. 2024)
-    rows: float | None = None,       # divides the soft loss; N if not given
-    labelled: float | None = None,   # divides the hard loss; the number of labels if not given
-) -> torch.Tensor:                   # scalar
+    student: torch.Tensor,            # logits z^s [N, C]
+    teacher: torch.Tensor,            # logits z^t [N, C]
+    labels: torch.Tensor,             # classes [N]; -100 where there is none
+    temperature: float = 2.0,         # T > 0
+    alpha: float = 0.9,               # weight of the soft loss, 0…1
+    reverse: bool = False,            # KL(student ‖ teacher) instead (Gu et al. 2024)
+    n_examples: float | None = None,  # divides the soft loss; N if not given
+    n_labelled: float | None = None,  # divides the hard loss; the number of labels if not given
+) -> torch.Tensor:                    # scalar
     "Mix T²·KL(teacher ‖ student) and cross-entropy (Hinton, Vinyals and Dean 2015, section 2)."
     known = labels != -100
-    rows = len(labels) if rows is None else rows
-    labelled = known.sum() if labelled is None else labelled
+    n_examples = len(labels) if n_examples is None else n_examples
+    n_labelled = known.sum() if n_labelled is None else n_labelled
+    log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
+    if reverse: log_p, log_q = log_q, log_p
     loss = student.sum() * 0.0
     if alpha > 0:
-        log_p, log_q = F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)
-        if reverse: log_p, log_q = log_q, log_p
-        loss = loss + alpha * temperature**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / rows
+        soft = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        loss = loss + alpha * temperature**2 * soft / n_examples
     if alpha < 1 and known.any():
-        loss = loss + (1 - alpha) * F.cross_entropy(student[known], labels[known], reduction="sum") / labelled
+        hard = F.cross_entropy(student[known], labels[known], reduction="sum")
+        loss = loss + (1 - alpha) * hard / n_labelled
     return loss
 
 # %% ../../nbs/compress/20_distill.ipynb #260224e7
@@ -60,166 +54,192 @@ def hidden_loss(
     student: torch.Tensor,          # hidden states H^s [B, L, d]
     teacher: torch.Tensor,          # hidden states H^t [B, L, d]
     mask: torch.Tensor,             # True at real tokens [B, L]
-    cosine: bool = False,           # compare directions (Sanh et al. 2019), not values (Romero et al. 2015)
-    tokens: float | None = None,    # divides the sum; the number of real tokens if not given
+    cosine: bool = False,           # cosine distance (Sanh et al. 2019) instead of mean squares
+    n_tokens: float | None = None,  # divides the sum; the number of real tokens if not given
 ) -> torch.Tensor:                  # scalar
-    "Compare the hidden states of real tokens by mean squared difference or by the cosine of their angle."
+    "Mean squared error, or cosine distance, between the hidden states of real tokens."
     s, t = student[mask], teacher[mask]
     distance = 1 - F.cosine_similarity(s, t, -1) if cosine else (s - t).pow(2).mean(-1)
-    return distance.sum() / (len(s) if tokens is None else tokens)
+    return distance.sum() / (len(s) if n_tokens is None else n_tokens)
 
-
+# %% ../../nbs/compress/20_distill.ipynb #ed0cd261
 def attention_loss(
-    student: torch.Tensor,          # attention A^s [B, h, L, L], rows sum to 1
-    teacher: torch.Tensor,          # attention A^t [B, h', L, L]; where h' differs from h, the means over heads are compared
+    student: torch.Tensor,          # attention A^s [B, h, L, L]; rows sum to 1
+    teacher: torch.Tensor,          # attention A^t [B, h', L, L]; if h' ≠ h, means over heads
     mask: torch.Tensor,             # True at real tokens [B, L]
-    tokens: float | None = None,    # divides the sum; the number of real tokens if not given
+    n_tokens: float | None = None,  # divides the sum; the number of real tokens if not given
 ) -> torch.Tensor:                  # scalar
-    "Mean KL(teacher ‖ student) of where each real token looks (Wang et al. 2020, equation 2)."
-    if student.shape[1] != teacher.shape[1]: student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    "Mean KL(teacher ‖ student) of the attention of each real token (Wang et al. 2020)."
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
     log_s, log_t = student.clamp(min=1e-9).log(), teacher.clamp(min=1e-9).log()
-    rows = (teacher * (log_t - log_s)).sum(-1).mean(1)[mask]
-    return rows.sum() / (len(rows) if tokens is None else tokens)
+    divergence = (teacher * (log_t - log_s)).sum(-1).mean(1)[mask]
+    return divergence.sum() / (len(divergence) if n_tokens is None else n_tokens)
 
 # %% ../../nbs/compress/20_distill.ipynb #330d457e
-_WANTED = {"temperature": (lambda x: 0 < x, "a number above 0"), "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1")}
-
-
-def _check(temperature: float, alpha: float, **weights: float) -> None:
+def _check_loss(temperature: float, alpha: float, **weights: float) -> None:
+    "Raise for a temperature, a weight alpha or weights of (5) to (7) that cannot be."
+    wanted = {
+        "temperature": (lambda x: 0 < x, "a number above 0"),
+        "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    }
     for name, value in dict(weights, temperature=temperature, alpha=alpha).items():
-        fits, wanted = _WANTED.get(name, (lambda x: 0 <= x, "a weight of 0 or more"))
-        if not (isinstance(value, Real) and math.isfinite(value) and fits(value)): raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", f"Give {wanted}.")
+        fits, what = wanted.get(name, (lambda x: 0 <= x, "a weight of 0 or more"))
+        if not (isinstance(value, Real) and math.isfinite(value) and fits(value)):
+            raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", f"Give {what}.")
 
 
-def _weights(arguments: dict) -> dict[str, float]:
-    "Take the weights of equations (5) to (7) out of the arguments."
-    return {name: arguments.pop(name, 0.0) for name in ("hidden", "cosine", "attention")}
-
-
-def _rows(logits: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "One row a prediction: logits, labels, and which rows are real; language models predict the next token."
-    labels = inputs["labels"]
-    if labels.dim() == 1: return logits, labels, torch.ones_like(labels, dtype=torch.bool)
-    real = inputs.get("attention_mask", torch.ones_like(labels))[:, 1:].bool()
-    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), real.flatten()
-
-
-def _mask(inputs: dict) -> torch.Tensor:
-    "Which tokens are real: [B, L]."
-    return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+def _loss_arguments(temperature: float, alpha: float, others: dict) -> dict:
+    "The arguments of the loss, checked; those among the others are taken out of them."
+    weights = {name: others.pop(name, 0.0) for name in ("hidden", "cosine", "attention")}
+    _check_loss(temperature, alpha, **weights)
+    reverse = others.pop("reverse", False)
+    return dict(weights, temperature=temperature, alpha=alpha, reverse=reverse)
 
 # %% ../../nbs/compress/20_distill.ipynb #606d8d1f
-class _CountingTrainer(Trainer):
-    "A `Trainer` that knows how many rows, labelled rows and tokens a whole step has."
-    divisors = (None, None, None)
+def _flatten(
+    logits: torch.Tensor, inputs: dict
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Logits and labels, one row for each prediction, and which rows are not padding."
+    labels = inputs["labels"]
+    if labels.dim() == 1: return logits, labels, torch.ones_like(labels, dtype=torch.bool)
+    mask = inputs.get("attention_mask", torch.ones_like(labels)).bool()
+    # a language model predicts the next token
+    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), mask[:, 1:].flatten()
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        counts = torch.zeros(3, device=self.args.device)
-        for batch in batches:
-            _, labels, real = _rows(batch["labels"][..., None], batch)
-            counts += torch.stack([real.sum(), (labels[real] != -100).sum(), _mask(batch).sum()]).to(counts)
-        # gradients are averaged over processes, so each divides by its share of the sum
-        self.divisors = (self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes).tolist()
-        return batches, items
+
+def _attention_mask(inputs: dict) -> torch.Tensor:
+    "True at real tokens: [B, L]."
+    return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+
+# %% ../../nbs/compress/20_distill.ipynb #3c3b836d
+def _check_teacher(
+    teacher: PreTrainedModel | None, student: nn.Module, data, matching: bool
+) -> None:
+    "Raise if the teacher cannot teach this student; `matching`: by hidden states or attention."
+    where = "DistillationTrainer"
+    if teacher is None:
+        columns = getattr(data, "column_names", None) or ["teacher_logits"]
+        if not matching and "teacher_logits" in columns: return
+        do = "Pass teacher_model; a column teacher_logits has no hidden states and attention."
+        raise EcomoptError("There is no teacher.", where, do)
+    if matching and any(type(m).__name__ == "FirstTokenLayer" for m in student.modules()):
+        what = "The student's last layer computes one token alone; its states cannot be matched."
+        do = "Leave out hidden, cosine and attention; or use first_token=True after distillation."
+        raise EcomoptError(what, where, do)
+    for name in ("num_labels", "vocab_size"):
+        theirs, ours = (getattr(model.config, name, None) for model in (teacher, student))
+        if ours != theirs:
+            what = f"Teacher and student differ in {name}: {theirs} and {ours}."
+            do = "Use one label space; where tokenizers differ use distill(), which takes texts."
+            raise EcomoptError(what, where, do)
+
+# %% ../../nbs/compress/20_distill.ipynb #a0d52272
+class DistillationTrainer(Trainer):
+    "A `Trainer` whose student learns from a teacher (Hinton, Vinyals and Dean 2015)."
+
+    _divisors = (None, None, None)  # examples, labelled examples and tokens of a whole step
+
+    def __init__(
+        self,
+        *args,                                         # as `Trainer`
+        teacher_model: PreTrainedModel | None = None,  # None if the data have teacher_logits
+        temperature: float = 2.0,                      # T > 0
+        alpha: float = 0.9,                            # weight of the soft loss, 0…1
+        reverse: bool = False,                         # KL(student ‖ teacher) instead
+        hidden: float = 0.0,                           # weight of `hidden_loss`, equation (5)
+        cosine: float = 0.0,                           # weight of its cosine, equation (6)
+        attention: float = 0.0,                        # weight of `attention_loss`, equation (7)
+        **others,                                      # as `Trainer`
+    ):
+        weights = dict(hidden=hidden, cosine=cosine, attention=attention)
+        _check_loss(temperature, alpha, **weights)
+        super().__init__(*args, **others)
+        _check_teacher(teacher_model, self.model, self.train_dataset, any(weights.values()))
+        self.temperature, self.alpha, self.reverse = temperature, alpha, reverse
+        self.loss_weights, self.loss_is_scaled_for_ga = weights, True
+        self.teacher_model = teacher_model
+        if teacher_model is not None:
+            teacher_model.eval().requires_grad_(False).to(self.args.device)
+        self._prepare_matching()
+
+    def _prepare_matching(self) -> None:
+        "Which outputs the two models must show, and the projection to the teacher's width."
+        weights = self.loss_weights
+        wanted = {
+            "output_hidden_states": weights["hidden"] or weights["cosine"],
+            "output_attentions": weights["attention"],
+        }
+        self._output_flags = {name: True for name, weight in wanted.items() if weight}
+        if not self._output_flags: return
+        d_s, d_t = (m.config.hidden_size for m in (self.model, self.teacher_model))
+        self.projection = nn.Identity()
+        if d_s != d_t: self.projection = nn.Linear(d_s, d_t, bias=False, device=self.args.device)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "teacher_logits"})
 
-# %% ../../nbs/compress/20_distill.ipynb #3c3b836d
-def _ready(teacher: PreTrainedModel | None, student: nn.Module, data, looks_inside: bool, device) -> PreTrainedModel | None:
-    "Check that the teacher can teach this student, and freeze it."
-    if teacher is None:
-        if looks_inside or "teacher_logits" not in (getattr(data, "column_names", None) or ["teacher_logits"]):
-            raise EcomoptError("There is no teacher.", "DistillationTrainer",
-                "Pass teacher_model, or, without hidden, cosine and attention, a column teacher_logits.")
-        return None
-    if looks_inside and any(type(m).__name__ == "FirstTokenLayer" for m in student.modules()):
-        raise EcomoptError("The student's last layer computes one token alone; its states cannot be matched.", "DistillationTrainer",
-            "Distill first, then prune_structured with first_token=True; or leave hidden, cosine and attention at 0.")
-    for what in ("num_labels", "vocab_size"):
-        theirs, ours = getattr(teacher.config, what, None), getattr(student.config, what, None)
-        if ours != theirs:
-            raise EcomoptError(f"Teacher and student differ in {what}: {theirs} and {ours}.", "DistillationTrainer",
-                "Use one label space; where the tokenizers differ use distill(), which shows the teacher the text itself.")
-    return teacher.eval().requires_grad_(False).to(device)
-
-
-@torch.no_grad()
-def _answers(trainer: Trainer, inputs: dict, asked: dict) -> object:
-    "The teacher's outputs; its logits from the batch if they are there and nothing else is wanted."
-    if "teacher_logits" in inputs and not trainer.inside: return SimpleNamespace(logits=inputs["teacher_logits"])
-    with trainer.accelerator.autocast(): return convert_to_fp32(trainer.teacher_model(**asked, **trainer.inside))  # as the student computes
-
-# %% ../../nbs/compress/20_distill.ipynb #946102a3
-def _matching(student, teacher, mask: torch.Tensor, weights: dict[str, float], project: nn.Module, tokens: float | None) -> torch.Tensor:
-    "Weighted sum of the losses of equations (5) to (7), each a mean over the student's layers; layers are paired as `keep_layers` keeps them."
-    losses = []
-    if weights["hidden"] or weights["cosine"]:
-        mine, theirs = student.hidden_states[1:], teacher.hidden_states[1:]
-        for h, i in zip(mine, select_layers(len(mine), len(theirs))):
-            h = project(h)
-            losses += [weights[name] * hidden_loss(h, theirs[i], mask, name == "cosine", tokens) / len(mine)
-                       for name in ("hidden", "cosine") if weights[name]]
-    if weights["attention"]:
-        mine, theirs = student.attentions, teacher.attentions
-        losses += [weights["attention"] * attention_loss(a, theirs[i], mask, tokens) / len(mine)
-                   for a, i in zip(mine, select_layers(len(mine), len(theirs)))]
-    return sum(losses)
-
-# %% ../../nbs/compress/20_distill.ipynb #83961e53
-class _MatchingTrainer(_CountingTrainer):
-    "A `Trainer` whose student may have a map to the teacher's width while it trains."
-
-    def _look_inside(self, weights: dict[str, float]) -> None:
-        self.weights, wanted = weights, {"output_hidden_states": weights["hidden"] or weights["cosine"], "output_attentions": weights["attention"]}
-        self.inside = {name: True for name, weight in wanted.items() if weight}
-        if not self.inside: return
-        d_s, d_t = self.model.config.hidden_size, self.teacher_model.config.hidden_size
-        self.projection = nn.Identity() if d_s == d_t else nn.Linear(d_s, d_t, bias=False, device=self.args.device)
+    def get_batch_samples(self, *args, **kwargs):
+        "Collect the batches of a step as `Trainer` does, and count what they hold."
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        counts = torch.zeros(3, device=self.args.device)
+        for batch in batches:
+            _, labels, real = _flatten(batch["labels"][..., None], batch)
+            n_labelled = (labels[real] != -100).sum()
+            counts += torch.stack([real.sum(), n_labelled, _attention_mask(batch).sum()]).to(counts)
+        # gradients are averaged over processes, so each divides by the mean count of a process
+        total = self.accelerator.reduce(counts, "sum")
+        self._divisors = (total / self.accelerator.num_processes).tolist()
+        return batches, items
 
     def train(self, *args, **kwargs):
-        "Train as `Trainer` does, with the map among the student's weights."
-        if not self.inside: return super().train(*args, **kwargs)
+        "Train as `Trainer` does, with the projection among the student's weights."
+        if not self._output_flags: return super().train(*args, **kwargs)
         self.model.projection = self.projection
         try: return super().train(*args, **kwargs)
         finally: del self.model.projection
 
-# %% ../../nbs/compress/20_distill.ipynb #69154031
-def _compare(trainer: "DistillationTrainer", model: nn.Module, inputs: dict, return_outputs: bool):
-    "The loss of a batch: equation (4), and what of (5) to (7) is wanted."
-    asked = {name: tensor for name, tensor in inputs.items() if name not in ("labels", "teacher_logits")}
-    outputs, answers = model(**asked, **trainer.inside), _answers(trainer, inputs, asked)
-    student, labels, real = _rows(outputs.logits, inputs)
-    teacher = _rows(answers.logits, inputs)[0]
-    *divisors, tokens = trainer.divisors if model.training else (None, None, None)
-    loss = distillation_loss(student[real], teacher[real], labels[real], trainer.temperature, trainer.alpha, trainer.reverse, *divisors)
-    if trainer.inside: loss = loss + _matching(outputs, answers, _mask(asked), trainer.weights, trainer.projection, tokens)
-    return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
-
-# %% ../../nbs/compress/20_distill.ipynb #a0d52272
-class DistillationTrainer(_MatchingTrainer):
-    "A `Trainer` whose student learns from a teacher (Hinton, Vinyals and Dean 2015)."
-
-    def __init__(self,
-        *args,                                         # as `Trainer`
-        teacher_model: PreTrainedModel | None = None,  # None where the data have a column teacher_logits
-        temperature: float = 2.0,                      # T > 0
-        alpha: float = 0.9,                            # weight of the soft loss, 0…1
-        reverse: bool = False,                         # KL(student ‖ teacher) instead of KL(teacher ‖ student)
-        **others,                                      # weights hidden, cosine, attention of equations (5) to (7); and as `Trainer`
-    ):
-        weights = _weights(others)
-        _check(temperature, alpha, **weights)
-        super().__init__(*args, **others)
-        self.temperature, self.alpha, self.reverse, self.loss_is_scaled_for_ga = temperature, alpha, reverse, True
-        self.teacher_model = _ready(teacher_model, self.model, self.train_dataset, any(weights.values()), self.args.device)
-        self._look_inside(weights)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "Compare the student's answers with the teacher's and with the labels."
-        return _compare(self, model, inputs, return_outputs)
+        "The loss of a batch: equation (4), and those of (5) to (7) that have a weight."
+        given = {name: x for name, x in inputs.items() if name not in ("labels", "teacher_logits")}
+        outputs = model(**given, **self._output_flags)
+        targets = self._teacher_outputs(inputs, given)
+        student, labels, real = _flatten(outputs.logits, inputs)
+        teacher = _flatten(targets.logits, inputs)[0]
+        *divisors, n_tokens = self._divisors if model.training else (None, None, None)
+        options = (self.temperature, self.alpha, self.reverse, *divisors)
+        loss = distillation_loss(student[real], teacher[real], labels[real], *options)
+        if self._output_flags:
+            mask = _attention_mask(given)
+            loss = loss + self._matching_loss(outputs, targets, mask, n_tokens)
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher_outputs(self, inputs: dict, given: dict) -> object:
+        "The teacher's outputs; from the batch if only its logits are wanted and they are there."
+        if "teacher_logits" in inputs and not self._output_flags:
+            return SimpleNamespace(logits=inputs["teacher_logits"])
+        with self.accelerator.autocast():  # the precision that the student computes in
+            return convert_to_fp32(self.teacher_model(**given, **self._output_flags))
+
+    def _matching_loss(self, student, teacher, mask, n_tokens) -> torch.Tensor:
+        "Weighted sum of (5) to (7), means over the student's layers as `keep_layers` pairs them."
+        weights, losses = self.loss_weights, []
+        if weights["hidden"] or weights["cosine"]:
+            states, targets = student.hidden_states[1:], teacher.hidden_states[1:]
+            for h, i in zip(states, select_layers(len(states), len(targets))):
+                h = self.projection(h)
+                for name in ("hidden", "cosine"):
+                    if not weights[name]: continue
+                    loss = hidden_loss(h, targets[i], mask, name == "cosine", n_tokens)
+                    losses.append(weights[name] * loss / len(states))
+        if weights["attention"]:
+            maps, targets = student.attentions, teacher.attentions
+            for a, i in zip(maps, select_layers(len(maps), len(targets))):
+                loss = attention_loss(a, targets[i], mask, n_tokens)
+                losses.append(weights["attention"] * loss / len(maps))
+        return sum(losses)
 
 # %% ../../nbs/compress/20_distill.ipynb #b549ddf5
 def transformer_layers(
@@ -229,27 +249,34 @@ def transformer_layers(
     total = model.config.num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == total: return module
-    raise EcomoptError(f"{type(model).__name__} has no list of {total} layers.", "transformer_layers", "Use a model whose layers are one ModuleList.")
+    what = f"{type(model).__name__} has no list of {total} layers."
+    do = "Use a model whose layers are one ModuleList."
+    raise EcomoptError(what, "transformer_layers", do)
 
-
+# %% ../../nbs/compress/20_distill.ipynb #517d3ecc
 def select_layers(
-    wanted: int | Sequence[int],  # how many, evenly spread with first and last; or which, counted from 0
-    total: int,                   # layers there are
+    layers: int | Sequence[int],  # how many, evenly spread with first and last; or indices from 0
+    num_layers: int,              # of the model
 ) -> list[int]:                   # indices in rising order
-    "Say which layers are kept."
-    if isinstance(wanted, Sequence):
-        if wanted and set(wanted) <= set(range(total)) and sorted(set(wanted)) == list(wanted): return list(wanted)
-        raise EcomoptError(f"The layers {list(wanted)} cannot be kept of {total}.", "argument layers",
-            f"Give indices from 0 to {total - 1}, each once, in rising order.")
-    if isinstance(wanted, Integral) and 1 <= wanted <= total: return [(total - 1) * i // max(wanted - 1, 1) for i in range(wanted)]
-    raise EcomoptError(f"{wanted!r} layers cannot be kept of {total}.", "argument layers", f"Give a whole number from 1 to {total}.")
+    "Select the layers to keep."
+    where = "argument layers"
+    if isinstance(layers, Sequence):
+        kept = sorted(set(layers) & set(range(num_layers)))
+        if kept and kept == list(layers): return kept
+        what = f"The layers {list(layers)} cannot be kept of {num_layers}."
+        do = f"Give indices from 0 to {num_layers - 1}, each once, in rising order."
+        raise EcomoptError(what, where, do)
+    if isinstance(layers, Integral) and 1 <= layers <= num_layers:
+        return [(num_layers - 1) * i // max(layers - 1, 1) for i in range(layers)]
+    what = f"{layers!r} layers cannot be kept of {num_layers}."
+    raise EcomoptError(what, where, f"Give a whole number from 1 to {num_layers}.")
 
 # %% ../../nbs/compress/20_distill.ipynb #a31e7be0
 def keep_layers(
     classifier: Classifier,       # its model's layers must be one list
-    layers: int | Sequence[int],  # how many, evenly spread with first and last; or which, counted from 0
-) -> Classifier:                  # a copy with these layers and all else unchanged, in evaluation mode
-    "Copy a classifier and leave layers out (Sanh et al. 2019, section 3)."
+    layers: int | Sequence[int],  # how many, evenly spread with first and last; or indices from 0
+) -> Classifier:                  # a copy with these layers, else unchanged, in evaluation mode
+    "Copy a classifier without some of its layers (Sanh et al. 2019, section 3)."
     kept = select_layers(layers, len(transformer_layers(classifier.model)))
     model = copy.deepcopy(classifier.model).eval()
     stack = transformer_layers(model)
@@ -258,54 +285,85 @@ def keep_layers(
     model.config.num_hidden_layers = len(kept)
     for i, layer in enumerate(stack):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"): module.layer_idx = i  # the place of its keys and values in the cache
+            if hasattr(module, "layer_idx"): module.layer_idx = i  # its place in the KV cache
     return replace(classifier, model=model)
+
+# %% ../../nbs/compress/20_distill.ipynb #6b948033
+import random
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+
+from ..core.artifact import load, save
+from ..core.assets import cached
+from ..core.data import Task
+from ecomopt.core.train import (
+    _cached_training,
+    _digest,
+    fingerprint,
+    run,
+    tokenized,
+    training_arguments,
+)
 
 # %% ../../nbs/compress/20_distill.ipynb #dbeea12e
 def teacher_logits(
-    teacher: Classifier,   # who answers
-    texts: Sequence[str],  # the questions
+    teacher: Classifier,   # the model that computes them
+    texts: Sequence[str],  # any number of texts
     bf16: bool = False,    # compute in bfloat16, as a training in bfloat16 would
 ) -> torch.Tensor:         # [len(texts), C], float32
-    "Ask the teacher once; ever after, read its answers from the cache."
-    def answer(directory):
-        with torch.autocast(teacher.model.device.type, torch.bfloat16, enabled=bf16):
+    "Compute the teacher's logits, or read them from the cache."
+    device = teacher.model.device.type
+    def compute(directory):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             save_file({"logits": teacher.logits(texts)}, directory / "logits.safetensors")
-    folder = cached("logits", dict(teacher=fingerprint(teacher), texts=digest(list(texts)), bf16=bf16), answer)
-    return load_file(folder / "logits.safetensors")["logits"]
+    key = dict(teacher=fingerprint(teacher), texts=_digest(list(texts)), bf16=bf16)
+    return load_file(cached("logits", key, compute) / "logits.safetensors")["logits"]
 
 # %% ../../nbs/compress/20_distill.ipynb #c6c5a36a
 def ngram_augment(
     texts: Sequence[str],  # sentences, words apart by spaces
-    n: int,                # how many new ones to make
-    seed: int = 0,         # of the cuts
-) -> list[str]:            # n texts in the shop's own words; nobody has labelled them
-    "Cut pieces of sentences and sometimes join two: text for a teacher to answer (n-gram sampling, Tang et al. 2019)."
-    draw, words = random.Random(seed), [text.split() for text in texts]
-    def piece():
-        sentence = draw.choice(words)
-        length = draw.randint(min(3, len(sentence)), len(sentence))
-        start = draw.randint(0, len(sentence) - length)
+    n: int,                # how many augmented texts to make
+    seed: int = 0,         # of the random choices
+) -> list[str]:            # n texts in the words of `texts`, without labels
+    "Sample n-grams of sentences, and join two of five to another (Tang et al. 2019)."
+    random_state = random.Random(seed)
+    words = [text.split() for text in texts]
+    def ngram():
+        sentence = random_state.choice(words)
+        length = random_state.randint(min(3, len(sentence)), len(sentence))
+        start = random_state.randint(0, len(sentence) - length)
         return sentence[start:start + length]
-    return [" ".join(piece() + (piece() if draw.random() < 0.4 else [])) for _ in range(n)]
-
-
-def _texts(task: Task, pieces: int, seed: int) -> tuple[list[str], list[int]]:
-    "Labelled and unlabelled sentences; a label of -100 is none."
-    unlabelled = [*task.transfer["text"], *ngram_augment(task.train["text"][:], pieces, seed)]
-    return [*task.train["text"], *unlabelled], [*task.train["label"], *[-100] * len(unlabelled)]
+    def text():
+        first = ngram()
+        return first + (ngram() if random_state.random() < 0.4 else [])
+    return [" ".join(text()) for _ in range(n)]
 
 # %% ../../nbs/compress/20_distill.ipynb #634f8310
-def _student(teacher: Classifier, task: Task, student: int | Sequence[int] | Classifier) -> Classifier:
-    "The student, made of the teacher's layers if it is not there yet."
+def _training_texts(task: Task, augment: int, seed: int) -> tuple[list[str], list[int]]:
+    "Labelled, unlabelled and augmented texts, and their labels; -100 where there is none."
+    augmented = ngram_augment(task.train["text"][:], augment, seed)
+    unlabelled = [*task.transfer["text"], *augmented]
+    labels = [*task.train["label"], *[-100] * len(unlabelled)]
+    return [*task.train["text"], *unlabelled], labels
+
+
+def _make_student(
+    teacher: Classifier, task: Task, student: int | Sequence[int] | Classifier
+) -> Classifier:
+    "The student, made of the teacher's layers unless it is a model already."
     if not isinstance(student, Classifier): student = keep_layers(teacher, student)
     for labels in (student.labels, tuple(task.labels)):
         if labels != teacher.labels:
-            raise EcomoptError(f"The labels differ: {teacher.labels} and {labels}.", "distill", "Use one label space, in one order.")
+            what = f"The labels differ: {teacher.labels} and {labels}."
+            raise EcomoptError(what, "distill", "Use one label space, in one order.")
     return student
 
-
-def _prepared(student: Classifier) -> Classifier:
+# %% ../../nbs/compress/20_distill.ipynb #9be108ce
+def _trainable_copy(student: Classifier) -> Classifier:
     "A copy without dropout and with frozen word embeddings."
     model = copy.deepcopy(student.model).requires_grad_(True)
     for module in model.modules():
@@ -314,48 +372,61 @@ def _prepared(student: Classifier) -> Classifier:
     return Classifier(model, student.tokenizer, student.max_length)
 
 
-def _shown(teacher: Classifier, student: Classifier) -> PreTrainedModel:
-    "A copy of the teacher whose layers can be looked into, token by token of the student's."
+def _matchable_teacher(teacher: Classifier, student: Classifier) -> PreTrainedModel:
+    "A copy of the teacher that returns hidden states and attention for the student's tokens."
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise EcomoptError("Teacher and student cut texts into different tokens.", "distill", "Leave hidden, cosine and attention at 0.")
+        what = "Teacher and student split texts into different tokens."
+        raise EcomoptError(what, "distill", "Leave hidden, cosine and attention at 0.")
     model = copy.deepcopy(teacher.model)
-    model.set_attn_implementation("eager")  # the others do not tell where they look
+    model.set_attn_implementation("eager")  # the others do not return the attention
     return model
+
+# %% ../../nbs/compress/20_distill.ipynb #3cf18777
+def _train(
+    teacher: Classifier,
+    student: Classifier,
+    texts: list[str],
+    labels: list[int],
+    args: TrainingArguments,
+    loss: dict,
+    callbacks: list,
+    directory: Path,
+) -> None:
+    "Train a copy of the student and save it."
+    set_seed(args.seed)
+    student = _trainable_copy(student)
+    rows = tokenized(student, Dataset.from_dict({"text": texts, "label": labels}))
+    if loss["hidden"] or loss["cosine"] or loss["attention"]:
+        loss = dict(loss, teacher_model=_matchable_teacher(teacher, student))
+    else:
+        logits = teacher_logits(teacher, texts, args.bf16)
+        rows = rows.add_column("teacher_logits", logits.tolist())
+    options = dict(loss, train_dataset=rows, callbacks=callbacks)
+    collator = DataCollatorWithPadding(student.tokenizer)
+    run(DistillationTrainer(student.model, args, data_collator=collator, **options))
+    save(student, directory / "student")
 
 # %% ../../nbs/compress/20_distill.ipynb #8981e8a5
 def distill(
-    teacher: Classifier,                            # who is imitated
-    task: Task,                                     # its train split, and its transfer texts
-    student: int | Sequence[int] | Classifier = 3,  # layers to keep (how many, or which); or any classifier
-    pieces: int = 0,                                # texts to cut out of the train split's and add to the transfer texts
-    epochs: float = 1,                              # passes over train, transfer and pieces together
+    teacher: Classifier,                            # the model to learn from; not changed
+    task: Task,                                     # its train split and transfer texts are used
+    student: int | Sequence[int] | Classifier = 3,  # layers to keep (how many, which), or a model
+    augment: int = 0,                               # texts to add by n-gram augmentation
+    epochs: float = 1,                              # passes over all these texts
     learning_rate: float = 1e-4,                    # the highest rate of the schedule
-    batch_size: int = 16,                           # sentences a step
+    batch_size: int = 16,                           # sentences per step
     temperature: float = 2.0,                       # T > 0
     alpha: float = 0.9,                             # weight of the soft loss, 0…1
-    seed: int = 0,                                  # of the order of the data
+    seed: int = 0,                                  # of augmentation and the order of the data
     callbacks: Sequence = (),                       # `transformers.TrainerCallback`s
-    **others,                                       # reverse, hidden, cosine or attention of `DistillationTrainer`; any field of `TrainingArguments`
+    **others,                                       # of `DistillationTrainer`, `TrainingArguments`
 ) -> Classifier:                                    # the trained student
     "Distill a teacher into a smaller student; a finished training is read from the cache."
-    weights = _weights(others)
-    _check(temperature, alpha, **weights)
-    loss = dict(weights, temperature=temperature, alpha=alpha, reverse=others.pop("reverse", False))
-    student = _student(teacher, task, student)
+    loss = _loss_arguments(temperature, alpha, others)
+    student = _make_student(teacher, task, student)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    texts, labels = _texts(task, pieces, seed)
-    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student), data=digest([texts, labels]))
-    return load(cached_training("distill", key, args, callbacks, partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))) / "student")
-
-# %% ../../nbs/compress/20_distill.ipynb #9be108ce
-def _train(teacher: Classifier, student: Classifier, texts: list[str], labels: list[int], args: TrainingArguments, loss: dict,
-           callbacks: list, directory: Path) -> None:
-    "Train a copy of the student and save it."
-    set_seed(args.seed)
-    student = _prepared(student)
-    rows = tokenized(student, Dataset.from_dict({"text": texts, "label": labels}))
-    if any(_weights(dict(loss)).values()): loss = dict(loss, teacher_model=_shown(teacher, student))
-    else: rows = rows.add_column("teacher_logits", teacher_logits(teacher, texts, args.bf16).tolist())
-    run(DistillationTrainer(student.model, args, train_dataset=rows, callbacks=callbacks,
-        data_collator=DataCollatorWithPadding(student.tokenizer), **loss))
-    save(student, directory / "student")
+    texts, labels = _training_texts(task, augment, seed)
+    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student))
+    key["data"] = _digest([texts, labels])
+    train = partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))
+    return load(_cached_training("distill", key, args, callbacks, train) / "student")
