@@ -11,7 +11,7 @@ SEEDS = [0, 1, 2]
 NOTES = (
     "Reviews, test split, two threads. Accuracy: mean, smallest and largest of three seeds; retained: of the same "
     "seed's teacher. Throughput: ratio to the float32 teacher, interleaved in one process, median of the seeds' medians. "
-    "The shape of the student was chosen on the validation split."
+    "The number of layers was chosen on the validation split."
 )
 
 rows, task = [], load_task("reviews")

@@ -1,4 +1,4 @@
-"""Runtimes: the encoder in every program and precision, the language model beside openvino-genai and llama.cpp, in turns in one process."""
+"""The encoder in every runtime and precision; the language model beside openvino-genai and llama.cpp."""
 import atexit
 import sys
 from collections.abc import Callable
@@ -19,10 +19,15 @@ from tools.bench import report
 
 SEEDS, THREADS, ROUNDS, TOKENS, REVIEWS = [0, 1, 2], 2, 7, 64, 25
 PROMPT = "Write a short product description for a stainless steel water bottle that keeps drinks cold for 24 hours."
-NOTES = (f"{THREADS} threads; ratios to torch eager in float32, in turns in one process, median and middle half of {ROUNDS} rounds. Encoder: MiniLM, four epochs on reviews; "
-         "sentences a second of the test split in batches of 32, tokenization included; the variant was chosen on the validation split of seed 0; labels equal to float32: test split, "
-         f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; perplexity on {REVIEWS} whole reviews of the test split against float32. "
-         "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves.")
+NOTES = (
+    f"{THREADS} threads; ratios to torch eager in float32, interleaved in one process, median and IQR of {ROUNDS} "
+    "rounds. "
+    "Encoder: MiniLM, four epochs on reviews; sentences a second of the test split in batches of 32, tokenization "
+    "included; the variant was chosen on the validation split of seed 0; same labels as in float32: test split, "
+    f"mean of the seeds. Language model: SmolLM2-135M, tokens a second of {TOKENS} greedy tokens after a prompt; "
+    f"perplexity on {REVIEWS} whole reviews of the test split against float32. "
+    "openvino-genai and llama.cpp read the GGUF file (Q4_1) themselves."
+)
 
 
 def encoder() -> list[dict]:
@@ -33,17 +38,24 @@ def encoder() -> list[dict]:
     print(choice.why, choice.table.to_string(), sep="\n")
     rows = []
     for seed, teacher in teachers.items():
-        made = {"torch float32": teacher, f"{choice.runtime} {choice.precision}": convert(teacher, choice.runtime, choice.precision, task)}
-        said = {name: c.logits(texts).argmax(1) for name, c in made.items()}
-        rates = time_interleaved(made, texts, ROUNDS, 40, 32, seed)[0]["sentences/s"]
-        rows += [{"what": f"encoder, {name}", "a second": rates[name].median(), "×": (rates[name] / rates["torch float32"]).median(),
-                  "equal labels": (said[name] == said["torch float32"]).float().mean().item()} for name in made]
+        converted = convert(teacher, choice.runtime, choice.precision, task)
+        models = {"torch float32": teacher, f"{choice.runtime} {choice.precision}": converted}
+        labels = {name: c.logits(texts).argmax(1) for name, c in models.items()}
+        rates = time_interleaved(models, texts, ROUNDS, 40, 32, seed)[0]["sentences/s"]
+        for name in models:
+            rows.append({
+                "what": f"encoder, {name}",
+                "a second": rates[name].median(),
+                "×": (rates[name] / rates["torch float32"]).median(),
+                "same labels": (labels[name] == labels["torch float32"]).float().mean().item(),
+            })
     return pd.DataFrame(rows).groupby("what", sort=False).mean().reset_index().to_dict("records")
 
 
 def genai(path: str) -> Callable:
     """openvino-genai reads the GGUF file."""
-    pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=THREADS, ATTENTION_BACKEND="SDPA")  # its default remembers the prompt of the last round
+    backend = dict(ATTENTION_BACKEND="SDPA")  # the default backend caches the prompt of the last round
+    pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=THREADS, **backend)
     config = openvino_genai.GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True, do_sample=False)
     return lambda _: pipe.generate(PROMPT, config)
 
@@ -52,17 +64,21 @@ def llama(path: str, ids: list[int]) -> Callable:
     """llama.cpp reads the GGUF file."""
     model = import_module("llama_cpp").Llama(path, n_threads=THREADS, n_threads_batch=THREADS, n_ctx=512, verbose=False)
     atexit.register(model.close)
-    def write(_):
-        model.reset()  # or it remembers the prompt of the last round
+
+    def generate(_):
+        model.reset()  # clears the cached prompt of the last round
         for n, _ in enumerate(model.generate(ids, temp=0.0), 1):
             if n == TOKENS: return
-    return write
+
+    return generate
 
 
 def language_model() -> list[dict]:
-    """All programs write the same number of tokens, in turns."""
-    lm, path = load_language_model("smollm2"), str(next(fetch("smollm2").glob("*.gguf")))
-    models = {"torch float32": lm, "torch int8": quantize_language_model(lm, 8), "torch int4": quantize_language_model(lm, 4)}
+    """All runtimes generate the same number of tokens, interleaved."""
+    lm = load_language_model("smollm2")
+    path = str(next(fetch("smollm2").glob("*.gguf")))
+    models = {"torch float32": lm}
+    models |= {f"torch int{bits}": quantize_language_model(lm, bits) for bits in (8, 4)}
     models |= {f"OpenVINO, {bits} bits": convert_language_model(lm, bits) for bits in (8, 4)}
     ids = lm.encode([PROMPT], chat=True)
     calls = {name: lambda _, m=m: greedy_decoding(m.model, ids, TOKENS) for name, m in models.items()}
@@ -70,20 +86,31 @@ def language_model() -> list[dict]:
     try: calls["llama.cpp, Q4_1"] = llama(path, ids[0])
     except ImportError as error: print(f"llama.cpp: not measured, {error}")
     seconds = {name: s[:, 0] for name, s in interleave(calls, [[None]] * ROUNDS).items()}
-    reviews = pd.DataFrame(load_task("reviews").test[:]).groupby("group", sort=False).text.agg(" ".join).tolist()[:REVIEWS]
-    judged = {name: losses(m, reviews) for name, m in models.items()}
+    table = pd.DataFrame(load_task("reviews").test[:])
+    reviews = table.groupby("group", sort=False).text.agg(" ".join).tolist()[:REVIEWS]
+    loss = {name: losses(m, reviews) for name, m in models.items()}
+
     def row(name):
         ratio = seconds["torch float32"] / seconds[name]
-        change = paired_perplexity(judged["torch float32"], judged[name])["perplexity_change"] if name in judged else None
-        return {"what": f"language model, {name}", "a second": TOKENS / np.median(seconds[name]), "×": np.median(ratio),
-                "middle half": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])), "perplexity": change,
-                "× llama.cpp": np.median(seconds["llama.cpp, Q4_1"] / seconds[name]) if "llama.cpp, Q4_1" in seconds else None}
+        change, peer = None, None
+        if name in loss: change = paired_perplexity(loss["torch float32"], loss[name])["perplexity_change"]
+        if "llama.cpp, Q4_1" in seconds: peer = np.median(seconds["llama.cpp, Q4_1"] / seconds[name])
+        return {
+            "what": f"language model, {name}",
+            "a second": TOKENS / np.median(seconds[name]),
+            "×": np.median(ratio),
+            "IQR": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])),
+            "perplexity": change,
+            "× llama.cpp": peer,
+        }
+
     return [row(name) for name in calls]
 
 
 sys.path.append(".peers")
 torch.set_num_threads(THREADS)
 hardware = describe_hardware()
-found = (f" Processor: {', '.join(hardware.instructions)}; reads {hardware.bytes_per_s / 1e9:.0f} GB/s; 10⁹ MACs/s: "
-         + ", ".join(f"{precision} {rate / 1e9:.1f}" for precision, rate in hardware.macs_per_s.items()) + ".")
+rates = ", ".join(f"{precision} {rate / 1e9:.1f}" for precision, rate in hardware.macs_per_s.items())
+bandwidth = f"{hardware.bytes_per_s / 1e9:.0f} GB/s"
+found = f" CPU: {', '.join(hardware.instructions)}; reads {bandwidth}; 10⁹ MACs/s: {rates}."
 report("runtime", pd.DataFrame(encoder() + language_model()).round(4), SEEDS, NOTES + found)

@@ -54,41 +54,41 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 # %% ../nbs/core/00_package.ipynb #b8d2f1c3
 if TYPE_CHECKING:  # made by `make export` from the table above
+    from ecomopt.accelerate.runtime import best_runtime as best_runtime
+    from ecomopt.accelerate.runtime import convert as convert
+    from ecomopt.accelerate.runtime_llm import convert_language_model as convert_language_model
+    from ecomopt.compress.calibrate import calibrate as calibrate
+    from ecomopt.compress.distill import DistillationTrainer as DistillationTrainer
+    from ecomopt.compress.distill import distill as distill
+    from ecomopt.compress.prune import PruneCallback as PruneCallback
+    from ecomopt.compress.prune import prune as prune
+    from ecomopt.compress.qat import prepare_qat as prepare_qat
+    from ecomopt.compress.quantize import quantize as quantize
+    from ecomopt.compress.quantize_llm import quantize_language_model as quantize_language_model
+    from ecomopt.compress.share import codebooks_to_int8 as codebooks_to_int8
+    from ecomopt.compress.share import share_weights as share_weights
+    from ecomopt.compress.structured import prune_structured as prune_structured
+    from ecomopt.core.artifact import load as load
+    from ecomopt.core.artifact import save as save
     from ecomopt.core.assets import ASSETS as ASSETS
     from ecomopt.core.assets import Asset as Asset
     from ecomopt.core.assets import fetch as fetch
     from ecomopt.core.data import Task as Task
     from ecomopt.core.data import load_task as load_task
-    from ecomopt.core.train import Classifier as Classifier
-    from ecomopt.core.train import finetune as finetune
-    from ecomopt.core.train import load_model as load_model
-    from ecomopt.core.artifact import load as load
-    from ecomopt.core.artifact import save as save
-    from ecomopt.core.measure import Measurement as Measurement
-    from ecomopt.core.measure import compare as compare
-    from ecomopt.core.measure import measure as measure
     from ecomopt.core.generate import LanguageModel as LanguageModel
     from ecomopt.core.generate import load_language_model as load_language_model
     from ecomopt.core.hardware import describe_hardware as describe_hardware
-    from ecomopt.compress.distill import DistillationTrainer as DistillationTrainer
-    from ecomopt.compress.distill import distill as distill
-    from ecomopt.compress.prune import PruneCallback as PruneCallback
-    from ecomopt.compress.prune import prune as prune
-    from ecomopt.compress.structured import prune_structured as prune_structured
-    from ecomopt.compress.quantize import quantize as quantize
-    from ecomopt.compress.share import codebooks_to_int8 as codebooks_to_int8
-    from ecomopt.compress.share import share_weights as share_weights
-    from ecomopt.compress.calibrate import calibrate as calibrate
-    from ecomopt.compress.qat import prepare_qat as prepare_qat
-    from ecomopt.compress.quantize_llm import quantize_language_model as quantize_language_model
-    from ecomopt.accelerate.runtime import best_runtime as best_runtime
-    from ecomopt.accelerate.runtime import convert as convert
-    from ecomopt.accelerate.runtime_llm import convert_language_model as convert_language_model
+    from ecomopt.core.measure import Measurement as Measurement
+    from ecomopt.core.measure import compare as compare
+    from ecomopt.core.measure import measure as measure
+    from ecomopt.core.train import Classifier as Classifier
+    from ecomopt.core.train import finetune as finetune
+    from ecomopt.core.train import load_model as load_model
+    from ecomopt.tune.bayes import Tuner as Tuner
+    from ecomopt.tune.estimator import TransformerClassifier as TransformerClassifier
     from ecomopt.tune.search import GridSearch as GridSearch
     from ecomopt.tune.search import RandomSearch as RandomSearch
     from ecomopt.tune.search import search as search
-    from ecomopt.tune.bayes import Tuner as Tuner
-    from ecomopt.tune.estimator import TransformerClassifier as TransformerClassifier
 
 # %% ../nbs/core/00_package.ipynb #ce575297
 def __getattr__(name: str):

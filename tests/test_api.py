@@ -28,7 +28,7 @@ def in_package(value: object) -> bool:
     return getattr(function, "__module__", "").startswith("ecomopt")
 
 
-@pytest.mark.parametrize("module, name", CLASSES, ids=".".join)
+@pytest.mark.parametrize("module, name", CLASSES, ids=map(".".join, CLASSES))
 def test_methods_are_where_readers_look(module, name):
     """By inspection: named after the class, with a docstring; those of a dataclass and of bases included."""
     cls = getattr(importlib.import_module(module), name)
@@ -41,7 +41,7 @@ def test_methods_are_where_readers_look(module, name):
         assert inspect.signature(function)
 
 
-@pytest.mark.parametrize("module, name", CLASSES, ids=".".join)
+@pytest.mark.parametrize("module, name", CLASSES, ids=map(".".join, CLASSES))
 def test_static_completion_lists_every_method(module, name):
     """jedi, as editors use it, reads the files and runs nothing."""
     methods = public_methods(getattr(importlib.import_module(module), name))

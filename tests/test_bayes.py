@@ -106,7 +106,8 @@ def test_cheap_trials_are_preferred_if_cost_aware():
         tuner = Tuner({"rate": Real(1e-4, 1.0, "log-uniform"), "epochs": Integer(1, 100)}, cost_aware=cost_aware)
         for _ in range(14):
             point = tuner.ask()
-            tuner.tell(point, (np.log10(point["rate"]) + 2)**2, seconds=0.01 * point["epochs"])  # epochs change nothing but the price
+            value = (np.log10(point["rate"]) + 2)**2  # epochs change nothing but the cost
+            tuner.tell(point, value, seconds=0.01 * point["epochs"])
         return np.mean([trial.params["epochs"] for trial in tuner.trials[4:]])
     assert epochs(True) < epochs(False)
 
@@ -184,7 +185,7 @@ def ray():
     """Ray on this machine, for the time of the tests."""
     import ray
     from ray.util.joblib import register_ray
-    for left in range(4, -1, -1):  # its agent has 15 seconds to start, too few if all cores are busy (ray-project/ray#65983)
+    for left in range(4, -1, -1):  # its agent has 15 seconds to start, too few on busy cores (ray-project/ray#65983)
         try: ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         except Exception:
             ray.shutdown()

@@ -51,8 +51,18 @@ FOLDER = []
 class OnRows(TransformerClassifier):
     """The estimator, for rows of numbers: each number a word for its tens, halves and sign."""
 
-    def __init__(self, model=None, learning_rate=5e-3, weight_decay=0.01, epochs=1, batch_size=8, max_length=128, random_state=0, keep=False):
-        super().__init__(model, learning_rate, weight_decay, epochs, batch_size, max_length, random_state, keep)
+    def __init__(
+        self,
+        model=None,
+        learning_rate=5e-3,
+        weight_decay=0.01,
+        epochs=1,
+        batch_size=8,
+        max_length=128,
+        random_state=0,
+        cache=False,
+    ):
+        super().__init__(model, learning_rate, weight_decay, epochs, batch_size, max_length, random_state, cache)
 
     def fit(self, X, y):
         if y is None: return super().fit(["a"], None)
@@ -84,7 +94,10 @@ NOT_APPLICABLE = {
     "check_classifiers_train": "asks for 83 % on clouds of numbers, after one epoch of a tiny random model; test_it_learns asks on texts",
     "check_array_api_input": "texts are no arrays of numbers; it skips itself unless SCIPY_ARRAY_API is set",
 }
-ALL_CHECKS = [(estimator, check, getattr(check, "func", check).__name__) for estimator, check in estimator_checks_generator(OnRows())]
+ALL_CHECKS = [
+    (estimator, check, getattr(check, "func", check).__name__)
+    for estimator, check in estimator_checks_generator(OnRows())
+]
 CHECKS = [(estimator, check) for estimator, check, name in ALL_CHECKS if name not in NOT_APPLICABLE]
 
 
@@ -92,7 +105,11 @@ def test_what_does_not_apply_is_there_and_all_else_is_checked():
     assert NOT_APPLICABLE.keys() <= {name for _, _, name in ALL_CHECKS} and len(CHECKS) > 40
 
 
-@pytest.mark.parametrize("estimator, check", CHECKS, ids=lambda value: getattr(getattr(value, "func", value), "__name__", "OnRows"))
+def name_of(value) -> str:
+    return getattr(getattr(value, "func", value), "__name__", "OnRows")
+
+
+@pytest.mark.parametrize("estimator, check", CHECKS, ids=name_of)
 def test_checks_of_scikit_learn(estimator, check, model):
     FOLDER[:] = [model]
     with warnings.catch_warnings():
@@ -135,18 +152,18 @@ def test_pickles_and_saves(model, tmp_path):
     assert answer.strip().split("|") == classifier.predict(TEXTS[:5]).tolist()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_cache_does_not_fill_up(model, keep, monkeypatch, tmp_path):
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_cache_does_not_fill_up(model, stored, monkeypatch, tmp_path):
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
-    make(model, keep=keep).fit(TEXTS, LABELS)
-    assert len([path for path in (cache_dir() / "finetune").glob("*") if path.is_dir()]) == keep
+    make(model, cache=stored).fit(TEXTS, LABELS)
+    assert len([path for path in (cache_dir() / "finetune").glob("*") if path.is_dir()]) == stored
 
 
 @pytest.mark.parametrize("X, y, what", [
     ("a text", ["good"], "single string"),
-    ([1.0, 2.0], ["good", "bad"], "no text"),
-    (["a", None], ["good", "bad"], "no text"),
-    ([["a"], ["b"]], ["good", "bad"], "no text"),
+    ([1.0, 2.0], ["good", "bad"], "not a text"),
+    (["a", None], ["good", "bad"], "not a text"),
+    ([["a"], ["b"]], ["good", "bad"], "not a text"),
     ([], [], "no texts"),
     (["a", "b"], None, "y is None"),
     (["a", "b"], ["good", "good"], "one class"),
@@ -190,6 +207,6 @@ def test_scores_by_name(model, scoring):
 def strip(X): return [x.strip() for x in X]
 
 
-def test_settings_are_the_constructors():
+def test_hyperparameters_are_the_constructors():
     classifier = TransformerClassifier(learning_rate=1e-4)
     assert clone(classifier).get_params() == classifier.get_params() and classifier.set_params(epochs=2).epochs == 2

@@ -33,7 +33,9 @@ def small(): return tiny.classifier(layers=1)
 
 
 @pytest.fixture(scope="module")
-def made(small): return functools.cache(lambda name, precision: convert(small, name, precision, TEXTS))  # each takes seconds
+def made(small):
+    """Converted models; each takes seconds, so it is made once."""
+    return functools.cache(lambda name, precision: convert(small, name, precision, TEXTS))
 
 
 @pytest.mark.parametrize("name, precision", SAVED)
@@ -115,7 +117,10 @@ def test_no_telemetry_is_sent(small, monkeypatch):
     assert sent == []
 
 
-@pytest.mark.parametrize("wrong", [dict(runtime="abacus"), dict(precision="fp64"), dict(runtime="openvino", precision="int8")])
+WRONG = [dict(runtime="abacus"), dict(precision="fp64"), dict(runtime="openvino", precision="int8")]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_bad_input(small, wrong):
     with pytest.raises(EcomoptError): convert(small, **wrong)
 

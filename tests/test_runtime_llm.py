@@ -1,4 +1,4 @@
-"""A language model in another program: the same text, back from disk too; guesses that change nothing; bad input."""
+"""A language model in another runtime: the same text, also after save and load; draft tokens change nothing."""
 import time
 
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import runtime_llm
-from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding, prompt_lookup
+from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup, prompt_lookup_decoding
 from ecomopt.compress.quantize_llm import quantize_language_model
 from ecomopt.core.artifact import load, save
 from ecomopt.core.generate import greedy_decoding, losses
@@ -28,24 +28,25 @@ def converted(lm): return {bits: convert_language_model(lm, bits) for bits in (3
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 8))
 @settings(deadline=None)
-def test_a_guess_is_what_stood_there(tokens, n, k):
-    guess, text = prompt_lookup(tokens, n, k), " ".join(map(str, tokens))
-    assert len(guess) <= k and (not guess or " ".join(map(str, [tokens[-1], *guess])) in text)
-    assert bool(guess) == (tokens[-1] in tokens[:-1])
+def test_a_draft_is_what_followed_the_last_token(tokens, n, k):
+    draft, text = prompt_lookup(tokens, n, k), " ".join(map(str, tokens))
+    assert len(draft) <= k and (not draft or " ".join(map(str, [tokens[-1], *draft])) in text)
+    assert bool(draft) == (tokens[-1] in tokens[:-1])
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 8])
 @pytest.mark.parametrize("text", TEXTS)
-def test_guesses_change_nothing(lm, text, k):
+def test_draft_tokens_change_nothing(lm, text, k):
     ids = lm.encode([text])[0]
     whole = greedy_decoding(lm.model, [ids], 40)[0]
-    written, calls = prompt_lookup_decoding(lm.model, ids, 40, k=k)
-    assert written == whole and calls <= 40 and (k or calls == 40)
+    generated, calls = prompt_lookup_decoding(lm.model, ids, 40, num_draft_tokens=k)
+    assert generated == whole and calls <= 40 and (k or calls == 40)
     stop = {whole[12]}
-    assert prompt_lookup_decoding(lm.model, ids, 40, stop, k=k)[0] == greedy_decoding(lm.model, [ids], 40, stop)[0]
+    stopped, _ = prompt_lookup_decoding(lm.model, ids, 40, stop, num_draft_tokens=k)
+    assert stopped == greedy_decoding(lm.model, [ids], 40, stop)[0]
 
 
-def test_it_writes_the_same(lm, converted):
+def test_generated_texts_are_the_same(lm, converted):
     ids = lm.encode(TEXTS)
     assert greedy_decoding(converted[32].model, ids, 12) == greedy_decoding(lm.model, ids, 12)
     assert abs(losses(converted[32], TEXTS) - losses(lm, TEXTS)).max() < 1e-2
@@ -55,12 +56,14 @@ def test_it_writes_the_same(lm, converted):
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.1), (4, 0.1)])
 def test_few_bits_are_those_of_torch(lm, converted, bits, tolerance):
     ids = torch.tensor(lm.encode(TEXTS[:1]))
-    with torch.inference_mode(): wanted, said = quantize_language_model(lm, bits).model(ids).logits, converted[bits].model(ids).logits
-    assert (said - wanted).norm() < tolerance * wanted.norm()
+    with torch.inference_mode():
+        wanted = quantize_language_model(lm, bits).model(ids).logits
+        logits = converted[bits].model(ids).logits
+    assert (logits - wanted).norm() < tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("bits", [32, 4])
-def test_it_comes_back(lm, converted, bits, tmp_path):
+def test_save_and_load(lm, converted, bits, tmp_path):
     again, ids = load(save(converted[bits], tmp_path / "model")), lm.encode(TEXTS)
     assert greedy_decoding(again.model, ids, 8) == greedy_decoding(converted[bits].model, ids, 8)
     assert again.generate(TEXTS, 4) == converted[bits].generate(TEXTS, 4)
@@ -76,10 +79,12 @@ def test_one_text_at_a_time(lm, converted):
 
 
 def test_bad_input(lm, converted, monkeypatch):
-    for wrong in (dict(lm=lm.model), dict(lm=lm, bits=3), dict(lm=quantize_language_model(lm, 8)), dict(lm=converted[32])):
-        with pytest.raises(EcomoptError): convert_language_model(**wrong)
+    for wrong in (lm.model, quantize_language_model(lm, 8), converted[32]):
+        with pytest.raises(EcomoptError): convert_language_model(wrong)
+    with pytest.raises(EcomoptError): convert_language_model(lm, bits=3)
     ids = lm.encode(TEXTS[:1])[0]
     with pytest.raises(EcomoptError, match="cannot be cut"): prompt_lookup_decoding(converted[32].model, ids, 4)
-    assert prompt_lookup_decoding(converted[32].model, ids, 4, k=0) == (greedy_decoding(converted[32].model, [ids], 4)[0], 4)
+    greedy = greedy_decoding(converted[32].model, [ids], 4)[0]
+    assert prompt_lookup_decoding(converted[32].model, ids, 4, num_draft_tokens=0) == (greedy, 4)
     monkeypatch.setattr(runtime_llm, "_make", lambda *arguments: time.sleep(30))
-    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, seconds=0.2)
+    with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, timeout=0.2)

@@ -23,7 +23,7 @@ from ..core.data import Task
 from ..core.train import finetune
 
 # %% ../../nbs/tune/43_estimator.ipynb #f1734b36
-SPACE = {"learning_rate": Real(1e-6, 1e-4, "log-uniform"), "weight_decay": Real(0.0, 0.1)}  # where everyone starts
+SPACE = {"learning_rate": Real(1e-6, 1e-4, "log-uniform"), "weight_decay": Real(0.0, 0.1)}
 
 
 class TextInputError(EcomoptError, ValueError):
@@ -31,68 +31,93 @@ class TextInputError(EcomoptError, ValueError):
 
 
 def _texts(X: Sequence[str]) -> list[str]:
-    "A list of texts, whatever held them."
-    if isinstance(X, str): raise TextInputError("A single string was given.", "X", "Pass a list: ['your text'].")
+    "A list of texts, from any container."
+    if isinstance(X, str):
+        raise TextInputError("A single string was given.", "X", "Pass a list: ['your text'].")
     texts = list(X)
     odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if odd is not None: raise TextInputError(f"Row {odd} is no text but {type(texts[odd]).__name__}.", "X", "Pass a list of texts; of a table, one column.")
-    if not texts: raise TextInputError("There are no texts: 0 sample(s).", "X", "Pass one text or more.")
+    if odd is not None:
+        what = f"Row {odd} is not a text but {type(texts[odd]).__name__}."
+        raise TextInputError(what, "X", "Pass a list of texts; of a table, one column.")
+    if not texts:
+        raise TextInputError("There are no texts: 0 sample(s).", "X", "Pass one text or more.")
     return texts
 
 # %% ../../nbs/tune/43_estimator.ipynb #78bc4a8c
 def _task(X: Sequence[str], y: Sequence) -> tuple[np.ndarray, Task]:
     "The classes, and a task with nothing but a train split."
     texts = _texts(X)
-    if y is None: raise TextInputError("This estimator requires y to be passed, but the target y is None.", "y", "Pass a label for each text.")
+    if y is None:
+        what = "This estimator requires y to be passed, but the target y is None."
+        raise TextInputError(what, "y", "Pass a label for each text.")
     y = column_or_1d(np.asarray(y), warn=True)
     check_consistent_length(texts, y)
     check_classification_targets(y)
     classes, numbers = np.unique(y, return_inverse=True)
-    if len(classes) < 2: raise TextInputError(f"A classifier needs two classes or more; here is one class: {classes[0]}.", "y", "Pass texts of other classes too.")
-    rows = Dataset.from_dict({"text": texts, "label": numbers.tolist(), "group": list(map(str, range(len(texts))))})
-    return classes, Task("scikit-learn", tuple(map(str, classes)), rows, rows.select([]), rows.select([]), rows.select([]))
+    if len(classes) < 2:
+        what = f"A classifier needs two classes or more; here is one class: {classes[0]}."
+        raise TextInputError(what, "y", "Pass texts of other classes too.")
+    groups = [str(i) for i in range(len(texts))]
+    rows = Dataset.from_dict({"text": texts, "label": numbers.tolist(), "group": groups})
+    none = rows.select([])
+    return classes, Task("scikit-learn", tuple(map(str, classes)), rows, none, none, none)
 
-# %% ../../nbs/tune/43_estimator.ipynb #b2ad115e
-class _TextClassifier(ClassifierMixin, BaseEstimator):
-    "What follows once there are `classes_` and a `classifier_`."
+# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
+class TransformerClassifier(ClassifierMixin, BaseEstimator):
+    "A text classifier for scikit-learn: `finetune` with the hyperparameters of the constructor."
 
-    def predict_proba(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X), C], rows sum to 1
+    def __init__(self,
+        model: str | Path = "minilm",  # an asset, a local directory, or a hub id
+        learning_rate: float = 5e-5,   # the highest rate of the schedule
+        weight_decay: float = 0.01,    # of AdamW
+        epochs: float = 4,             # passes over the texts
+        batch_size: int = 32,          # texts per step
+        max_length: int = 128,         # longer texts are truncated (tokens)
+        random_state: int | None = 0,  # of the new head, the order of the data and dropout
+        cache: bool = False,           # store each trained model, so that no training is repeated
+    ):
+        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+        self.epochs, self.batch_size, self.max_length = epochs, batch_size, max_length
+        self.random_state, self.cache = random_state, cache
+
+    def fit(self,
+        X: Sequence[str],  # texts
+        y: Sequence,       # a label for each, of any kind
+    ) -> "TransformerClassifier":
+        "Fine-tune the model; the result is `classifier_`, which `ecomopt.save` takes."
+        self.classes_, task = _task(X, y)
+        seed = self.random_state
+        if not isinstance(seed, Integral): seed = check_random_state(seed).randint(2**31)
+        self.classifier_ = finetune(
+            self.model,
+            task,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            seed=int(seed),
+            cache=self.cache,
+        )
+        return self
+
+    def predict_proba(self,
+        X: Sequence[str],  # texts
+    ) -> np.ndarray:       # [len(X), C], rows sum to 1
         "Probability of each class, in the order of `classes_`."
         check_is_fitted(self)
         return self.classifier_.logits(_texts(X)).double().softmax(-1).numpy()
 
-    def predict(self, X: Sequence[str]) -> np.ndarray:  # X: texts; answer: [len(X)], labels as they were given
+    def predict(self,
+        X: Sequence[str],  # texts
+    ) -> np.ndarray:       # [len(X)], labels as they were given to `fit`
         "The most likely class of each text."
         probability = self.predict_proba(X)
         return self.classes_[probability.argmax(1)]
 
     def __sklearn_tags__(self):
-        "What scikit-learn should know: texts, and nothing but texts."
+        "Input tags for scikit-learn: texts only."
         tags = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.two_d_array, tags.input_tags.one_d_array = True, False, True
+        tags.input_tags.string, tags.input_tags.one_d_array = True, True
+        tags.input_tags.two_d_array = False
         return tags
-
-# %% ../../nbs/tune/43_estimator.ipynb #22fee80d
-class TransformerClassifier(_TextClassifier):
-    "A text classifier for scikit-learn: `finetune` with the settings of the constructor."
-
-    def __init__(self,
-        model: str | Path = "minilm",   # an asset, a local directory, or a hub id
-        learning_rate: float = 5e-5,    # the highest rate of the schedule
-        weight_decay: float = 0.01,     # of AdamW
-        epochs: float = 4,              # passes over the texts
-        batch_size: int = 32,           # texts a step
-        max_length: int = 128,          # longer texts are cut here (tokens)
-        random_state: int | None = 0,   # of the new head, the order of the data and dropout
-        keep: bool = False,             # keep finished trainings in the cache, a model each; an interrupted search then repeats none
-    ):
-        self.model, self.learning_rate, self.weight_decay, self.epochs = model, learning_rate, weight_decay, epochs
-        self.batch_size, self.max_length, self.random_state, self.keep = batch_size, max_length, random_state, keep
-
-    def fit(self, X: Sequence[str], y: Sequence) -> "TransformerClassifier":  # X: texts; y: a label for each, of any kind
-        "Fine-tune the model; the result is `classifier_`, which `ecomopt.save` takes."
-        self.classes_, task = _task(X, y)
-        seed = self.random_state if isinstance(self.random_state, Integral) else check_random_state(self.random_state).randint(2**31)
-        self.classifier_ = finetune(self.model, task, epochs=self.epochs, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
-            batch_size=self.batch_size, max_length=self.max_length, seed=int(seed), keep=self.keep)
-        return self
