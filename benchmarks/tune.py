@@ -1,4 +1,4 @@
-"""Does tuning pay? Equal budgets for grid, random, ours and its peers, on two known functions and on a table of real trainings."""
+"""Does tuning pay? Equal budgets for grid, random, ours and peers, on two functions and a table of real trainings."""
 import copy
 import hashlib
 import itertools
@@ -46,35 +46,38 @@ LEVELS = {
 
 @cache
 def student(layers: int) -> tuple[Classifier, Dataset]:
-    """MiniLM with fewer layers, half of its heads, a quarter of its neurons, and the words of the task; and what it reads."""
+    """MiniLM with fewer layers, half of its heads, a quarter of its neurons, the task's words; and the train inputs."""
     set_seed(0)
-    small = prune_structured(load_model("minilm", task.labels), layers=layers, heads=6, neurons=384, texts=task.train["text"], first_token=True)
+    teacher, texts = load_model("minilm", task.labels), task.train["text"]
+    small = prune_structured(teacher, layers=layers, heads=6, neurons=384, texts=texts, first_token=True)
     return small, tokenized(small, task.train)
 
 
-def trained(layers: int, **settings) -> dict:
-    """Fine-tune a student for an epoch of the labelled sentences: what the validation split says, and seconds of one core."""
+def trained(layers: int, **params) -> dict:
+    """Fine-tune a student for an epoch of the labelled sentences: loss and accuracy (validation), CPU seconds."""
     small, rows = copy.deepcopy(student(layers)[0]), student(layers)[1]
-    args = training_arguments(epochs=1, seed=0, **settings)
+    args = training_arguments(epochs=1, seed=0, **params)
     start = process_time()
     run(Trainer(small.model, args, train_dataset=rows, data_collator=DataCollatorWithPadding(small.tokenizer)))
     seconds = process_time() - start
     logits, labels = small.logits(task.valid["text"]), torch.tensor(task.valid["label"])
-    right = logits.argmax(1) == labels
-    return {"loss": round(F.cross_entropy(logits, labels).item(), 5), "accuracy": round(right.float().mean().item(), 5), "seconds": round(seconds, 2)}
+    loss = F.cross_entropy(logits, labels).item()
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"loss": round(loss, 5), "accuracy": round(accuracy, 5), "seconds": round(seconds, 2)}
 
 
 def missing() -> Iterator[dict]:
-    """The settings that the table does not have yet."""
-    done = set(pd.read_csv(SURFACE)[list(LEVELS)].itertuples(index=False, name=None)) if SURFACE.exists() else set()
+    """The hyperparameters that the table does not have yet."""
+    done = set()
+    if SURFACE.exists(): done = set(pd.read_csv(SURFACE)[list(LEVELS)].itertuples(index=False, name=None))
     return (dict(zip(LEVELS, values)) for values in itertools.product(*LEVELS.values()) if values not in done)
 
 
 def fill() -> None:
     """Compute what is missing of the table, a line a training; it may be killed at any time."""
     torch.set_num_threads(1)
-    for settings in missing():
-        line = pd.DataFrame([settings | trained(**settings)])
+    for params in missing():
+        line = pd.DataFrame([params | trained(**params)])
         line.to_csv(SURFACE, mode="a", header=not SURFACE.exists(), index=False)
 
 
@@ -84,17 +87,18 @@ def fill() -> None:
 def surface() -> dict[tuple, float]:
     """Place in LEVELS → loss on the validation split."""
     rows = pd.read_csv(SURFACE)
-    return {tuple(values.index(row[name]) for name, values in LEVELS.items()): row["loss"] for row in rows.to_dict("records")}
+    def place(row): return tuple(values.index(row[name]) for name, values in LEVELS.items())
+    return {place(row): row["loss"] for row in rows.to_dict("records")}
 
 
-def known(function: Callable, settings: dict) -> float: return function(list(settings.values()))
-def looked_up(settings: dict) -> float: return surface()[tuple(settings.values())]
+def known(function: Callable, params: dict) -> float: return function(list(params.values()))
+def tabulated(params: dict) -> float: return surface()[tuple(params.values())]
 
 
 PROBLEMS = {  # name → objective, space, levels of the grid
     "Branin": (partial(known, branin), {"x": Real(-5.0, 10.0), "y": Real(0.0, 15.0)}, {"x": 5, "y": 4}),
     "Hartmann-6": (partial(known, hart6), {f"x{i}": Real(0.0, 1.0) for i in range(6)}, 2),
-    "reviews": (looked_up, {name: Integer(0, len(values) - 1) for name, values in LEVELS.items()},
+    "reviews": (tabulated, {name: Integer(0, len(values) - 1) for name, values in LEVELS.items()},
                 {"layers": 2, "batch_size": 2, "weight_decay": 1, "learning_rate": 5}),
 }
 
@@ -104,11 +108,11 @@ def lowest(problem: str) -> float:
     return {"Branin": 0.39788736, "Hartmann-6": -3.32236801}.get(problem) or min(surface().values())
 
 
-# ---------------------------------------------------------------- who searches: values in the order of the trials
+# ---------------------------------------------------------------- methods: values in the order of the trials
 
-def by_searcher(make: Callable[[dict, int], Searcher], objective: Callable, space: dict, seed: int, budget: int) -> list[float]:
+def by_searcher(make: Callable, objective: Callable, space: dict, seed: int, budget: int) -> list[float]:
     """Ours, and those of the chapter on random search."""
-    return [trial.value for trial in search(objective, make(space, seed), trials=budget, progress=False)]
+    return [trial.value for trial in search(objective, make(space, seed), budget, show_progress_bar=False)]
 
 
 def shuffled_grid(levels, space: dict, seed: int) -> ListSearch:
@@ -120,13 +124,18 @@ def by_skopt(objective: Callable, space: dict, seed: int, budget: int) -> list[f
     """`gp_minimize` as it comes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return skopt.gp_minimize(lambda x: objective(dict(zip(space, x))), list(space.values()), n_calls=budget, random_state=seed).func_vals.tolist()
+        found = skopt.gp_minimize(
+            lambda x: objective(dict(zip(space, x))), list(space.values()), n_calls=budget, random_state=seed
+        )
+    return found.func_vals.tolist()
 
 
 def by_optuna(sampler: type, objective: Callable, space: dict, seed: int, budget: int) -> list[float]:
     """A sampler of Optuna as it comes."""
     def run(trial):
-        return objective({name: (trial.suggest_float if isinstance(d, Real) else trial.suggest_int)(name, d.low, d.high) for name, d in space.items()})
+        def suggest(name, d):
+            return (trial.suggest_float if isinstance(d, Real) else trial.suggest_int)(name, d.low, d.high)
+        return objective({name: suggest(name, d) for name, d in space.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = optuna.create_study(sampler=sampler(seed=seed))
@@ -184,7 +193,8 @@ def regrets(problem: str) -> list[dict]:
     rows = []
     for method in methods(PROBLEMS[problem][2]):
         above = [min(run_of(problem, method, seed)) - lowest(problem) for seed in SEEDS]
-        rows.append({"problem": problem, "method": method, "what": f"regret, best of {BUDGET}", "median": median(above), "interval": interval(above)})
+        found = {"median": median(above), "interval": interval(above)}
+        rows.append({"problem": problem, "method": method, "what": f"regret, best of {BUDGET}", **found})
         print(rows[-1], flush=True)
     return rows
 
@@ -192,16 +202,20 @@ def regrets(problem: str) -> list[dict]:
 def trials_until(goal: float, searcher: Searcher) -> Iterator[int]:
     """How many trials it takes until a value is good enough."""
     while not searcher.trials or searcher.best.value > goal:
-        settings = searcher.ask()
-        searcher.tell(settings, looked_up(settings))
+        params = searcher.ask()
+        searcher.tell(params, tabulated(params))
     yield len(searcher.trials)
 
 
 def reach(method: str, make: Callable[[dict, int], Searcher]) -> dict:
     """Trials until within one per cent of the table's best."""
     goal, space = 1.01 * lowest("reviews"), PROBLEMS["reviews"][1]
-    first = [kept(["reach", method, seed, version("reviews")], lambda seed=seed: trials_until(goal, make(space, seed)))[0] for seed in SEEDS]
-    return {"problem": "reviews", "method": method, "what": "trials to within 1 %", "median": median(first), "interval": interval(first)}
+    def first(seed):
+        key = ["reach", method, seed, version("reviews")]
+        return kept(key, lambda: trials_until(goal, make(space, seed)))[0]
+    found = [first(seed) for seed in SEEDS]
+    numbers = {"median": median(found), "interval": interval(found)}
+    return {"problem": "reviews", "method": method, "what": "trials to within 1 %", **numbers}
 
 
 # ---------------------------------------------------------------- what a suggestion costs
@@ -224,21 +238,28 @@ def seconds_of_skopt(X: list[list], y: list[float], space: dict) -> float:
 
 
 def suggestion(rounds: int = 7) -> list[dict]:
-    """Milliseconds of one core for a suggestion after 100 trials on Hartmann-6; the two take turns."""
+    """Milliseconds of one core for a suggestion after 100 trials on Hartmann-6; the two are interleaved."""
     objective, space, _ = PROBLEMS["Hartmann-6"]
     X = np.random.default_rng(0).random((100, 6)).tolist()
     y = [objective(dict(zip(space, x))) for x in X]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = [(1000 * seconds_of_ours(X, y, space), 1000 * seconds_of_skopt(X, y, space)) for _ in range(rounds + 1)][1:]
-    return [{"problem": "Hartmann-6", "method": method, "what": "ms a suggestion after 100 trials", "median": median(column), "interval": f"{min(column):.0f} to {max(column):.0f}"}
-            for method, column in zip(("ours", "skopt gp_minimize"), zip(*times))]
+        times = [(seconds_of_ours(X, y, space), seconds_of_skopt(X, y, space)) for _ in range(rounds + 1)]
+    table = 1000 * pd.DataFrame(times[1:], columns=["ours", "skopt gp_minimize"])  # the first is a warm-up
+    what = {"problem": "Hartmann-6", "what": "ms a suggestion after 100 trials"}
+    return [what | {"method": method, "median": ms.median(), "interval": f"{ms.min():.0f} to {ms.max():.0f}"}
+            for method, ms in table.items()]
 
 
-NOTES = (f"Budget of {BUDGET} trials, {len(SEEDS)} seeds; medians and 95 % bootstrap intervals of the median (of times: range). Regret: the best value above the lowest there is. Reviews: a table of "
-         f"{len(list(itertools.product(*LEVELS.values())))} real fine-tunings of a small student (layers × batch size × weight decay × learning rate), cross-entropy on the validation split; all search the places in the "
-         "table. The grid has 20 points on Branin and reviews, 64 on Hartmann-6, in random order. Peers as they come: gp_minimize (gp_hedge, ten random points first), "
-         f"Optuna {optuna.__version__} (ten random points first).")
+N_TABLE = len(list(itertools.product(*LEVELS.values())))
+NOTES = (
+    f"Budget of {BUDGET} trials, {len(SEEDS)} seeds; medians and 95 % bootstrap intervals of the median (of times: "
+    f"range). Regret: the best value above the lowest there is. Reviews: a table of {N_TABLE} real fine-tunings of a "
+    "small student (layers × batch size × weight decay × learning rate), cross-entropy on the validation split; all "
+    "search the entries of the table. The grid has 20 points on Branin and reviews, 64 on Hartmann-6, in random order. "
+    "Peers with their defaults: gp_minimize (gp_hedge, ten random points first), "
+    f"Optuna {optuna.__version__} (ten random points first)."
+)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 task = load_task("reviews")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 
 def outputs_and_lines(program: str, lines: int, folder: Path) -> tuple[str, str, int]:
-    """What a program prints that goes on after `kill -9`, what it prints undisturbed, and lines of its journal when it was killed.
+    """Outputs of a program that is killed and started again, and of one that is not; lines of the journal at the kill.
 
-    The program writes a journal to the path that it is given; it is killed when that has `lines` lines.
+    The program writes a journal to the path that it is given; it is killed by `kill -9` when that has `lines` lines.
     """
     (folder / "program.py").write_text(program)
-    def start(name): return subprocess.Popen([sys.executable, folder / "program.py", folder / name], stdout=subprocess.PIPE, text=True)
+    def start(name):
+        command = [sys.executable, folder / "program.py", folder / name]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     process, journal = start("killed"), folder / "killed"
     while not journal.exists() or len(journal.read_text().splitlines()) < lines: time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

@@ -91,7 +91,7 @@ def words(X: np.ndarray) -> list[str]:
 
 
 NOT_APPLICABLE = {
-    "check_classifiers_train": "asks for 83 % on clouds of numbers, after one epoch of a tiny random model; test_it_learns asks on texts",
+    "check_classifiers_train": "asks for 83 % on clouds of points, after one epoch of a tiny model; see test_it_learns",
     "check_array_api_input": "texts are no arrays of numbers; it skips itself unless SCIPY_ARRAY_API is set",
 }
 ALL_CHECKS = [
@@ -122,7 +122,8 @@ def test_checks_of_scikit_learn(estimator, check, model):
 @pytest.mark.parametrize("kind", [list, np.array, pd.Series])
 def test_texts_in_any_container(model, kind):
     classifier = make(model).fit(kind(TEXTS), kind(LABELS))
-    assert classifier.classes_.tolist() == ["bad", "good"] and set(classifier.predict(kind(TEXTS[:5]))) <= {"bad", "good"}
+    assert classifier.classes_.tolist() == ["bad", "good"]
+    assert set(classifier.predict(kind(TEXTS[:5]))) <= {"bad", "good"}
     probability = classifier.predict_proba(TEXTS)
     assert probability.shape == (40, 2) and np.allclose(probability.sum(1), 1)
 
@@ -134,11 +135,13 @@ def test_it_learns(model):
 @pytest.mark.parametrize("labels", [np.arange(40) % 3, (np.arange(40) % 2).astype(bool), np.array(["ä", "b"] * 20)])
 def test_labels_come_back_as_they_went(model, labels):
     classifier = make(model).fit(TEXTS, labels)
-    assert classifier.predict(TEXTS).dtype == labels.dtype and classifier.predict_proba(TEXTS).shape[1] == len(set(labels.tolist()))
+    assert classifier.predict(TEXTS).dtype == labels.dtype
+    assert classifier.predict_proba(TEXTS).shape[1] == len(set(labels.tolist()))
 
 
 def test_same_seed_same_model(model):
-    one, other, third = (make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS) for seed in (0, np.int64(0), 1))
+    def probability(seed): return make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS)
+    one, other, third = map(probability, (0, np.int64(0), 1))
     assert np.array_equal(one, other) and not np.allclose(one, third)
     make(model, random_state=None).fit(TEXTS, LABELS)
 
@@ -148,7 +151,8 @@ def test_pickles_and_saves(model, tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(classifier)).predict_proba(TEXTS), classifier.predict_proba(TEXTS))
     save(classifier.classifier_, tmp_path / "artifact")
     code = "import ecomopt, sys; print(*ecomopt.load(sys.argv[1]).predict(sys.argv[2:]), sep='|')"
-    answer = subprocess.run([sys.executable, "-c", code, tmp_path / "artifact", *TEXTS[:5]], capture_output=True, text=True, check=True).stdout
+    program = [sys.executable, "-c", code, tmp_path / "artifact", *TEXTS[:5]]
+    answer = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     assert answer.strip().split("|") == classifier.predict(TEXTS[:5]).tolist()
 
 
@@ -186,7 +190,8 @@ SPLIT = PredefinedSplit([-1] * 30 + [0] * 10)
 
 
 def test_bayes_search(model):
-    found = BayesSearchCV(make(model), SPACE, n_iter=3, cv=SPLIT, n_points=1, random_state=0, optimizer_kwargs={"n_initial_points": 2})
+    options = dict(n_points=1, random_state=0, optimizer_kwargs={"n_initial_points": 2})
+    found = BayesSearchCV(make(model), SPACE, n_iter=3, cv=SPLIT, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found.fit(TEXTS, LABELS)
@@ -195,7 +200,8 @@ def test_bayes_search(model):
 
 def test_grid_search_in_a_pipeline(model):
     pipeline = Pipeline([("clean", FunctionTransformer(func=strip)), ("model", make(model))])
-    found = GridSearchCV(pipeline, {"model__learning_rate": [1e-5, 5e-3], "model__weight_decay": [0.0]}, cv=2).fit(TEXTS, LABELS)
+    grid = {"model__learning_rate": [1e-5, 5e-3], "model__weight_decay": [0.0]}
+    found = GridSearchCV(pipeline, grid, cv=2).fit(TEXTS, LABELS)
     assert len(found.cv_results_["params"]) == 2 and set(found.predict(TEXTS)) <= {"bad", "good"}
 
 
