@@ -22,25 +22,34 @@ def test_it_is_plain_data():
     assert machine.bytes_per_s > 0 and machine.macs_per_s["float32"] > 0 and machine.cores > 0
 
 
-@pytest.mark.parametrize("wrong", [dict(seconds=0), dict(seconds=float("nan")), dict(n=0), dict(device="cuda:99"), dict(device="toaster")])
+@pytest.mark.parametrize(
+    "wrong", [dict(seconds=0), dict(seconds=float("nan")), dict(n=0), dict(device="cuda:99"), dict(device="toaster")]
+)
 def test_bad_input(wrong):
     with pytest.raises(EcomoptError): describe_hardware(**{"seconds": 0.001, "n": 64, **wrong})
 
 
-@pytest.mark.parametrize("text, instructions", [
-    ("model name\t: Epyc\nflags\t\t: fpu avx2 avx512f avx512_vnni avx512_bf16\n", ("avx2", "avx512f", "avx512_vnni", "avx512_bf16")),
-    ("model name\t: Xeon\nflags\t\t: avx2 amx_int8 amx_bf16\n", ("avx2", "amx_int8", "amx_bf16")),
-    ("processor\t: 0\nFeatures\t: fp asimd asimdhp i8mm sve\n", ("asimd", "asimdhp", "i8mm", "sve")),
-    ("processor\t: 0\n", ())])
+@pytest.mark.parametrize(
+    "text, instructions",
+    [
+        (
+            "model name\t: Epyc\nflags\t\t: fpu avx2 avx512f avx512_vnni avx512_bf16\n",
+            ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"),
+        ),
+        ("model name\t: Xeon\nflags\t\t: avx2 amx_int8 amx_bf16\n", ("avx2", "amx_int8", "amx_bf16")),
+        ("processor\t: 0\nFeatures\t: fp asimd asimdhp i8mm sve\n", ("asimd", "asimdhp", "i8mm", "sve")),
+        ("processor\t: 0\n", ()),
+    ],
+)
 def test_instructions_are_those_of_the_system(monkeypatch, text, instructions):
     monkeypatch.setattr(hardware.Path, "read_text", lambda *args, **others: text)
-    assert hardware._processor()[1] == instructions
+    assert hardware._cpu()[1] == instructions
 
 
 def test_a_system_without_cpuinfo(monkeypatch):
     def nothing(*args, **others): raise FileNotFoundError
     monkeypatch.setattr(hardware.Path, "read_text", nothing)
-    name, instructions = hardware._processor()
+    name, instructions = hardware._cpu()
     assert name and len(instructions) == 1
 
 

@@ -1,4 +1,4 @@
-"""Measurement: intervals, paired tests, turns, counts, and input that cannot be measured."""
+"""Measurement: intervals, paired tests, interleaved timing, counts, and input that cannot be measured."""
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ def task() -> Task:
 
 @dataclass
 class Recording(Classifier):
-    """Writes down who was asked for how many sentences."""
+    """Logs its name and the number of sentences of each call."""
     name: str = ""
     log: list = field(default_factory=list)
 
@@ -57,7 +57,7 @@ class Recording(Classifier):
 
 @dataclass
 class Fixed(Classifier):
-    """Answers every sentence with the same logits."""
+    """Returns the same logits for every sentence."""
     answer: tuple = (0.0, 1.0)
 
     def logits(self, texts, batch_size=32):
@@ -111,29 +111,32 @@ def test_a_pair_is_symmetric(rows, seed):
     assert one["accuracy_change"] == -other["accuracy_change"] and -1 <= low <= high <= 1
 
 
-# ---------------------------------------------------------------- turns
+# ---------------------------------------------------------------- interleaved timing
 
-def test_interleave_warms_up_and_takes_turns():
+def test_interleave_warms_up_and_alternates():
     log = []
     seconds = interleave({name: lambda x, name=name: log.append(name + x) for name in "AB"}, [["1", "2"], ["3", "4"]])
     assert log == ["A1", "B1", "A1", "A2", "B1", "B2", "A3", "A4", "B3", "B4"]
     assert {name: s.shape for name, s in seconds.items()} == {"A": (2, 2), "B": (2, 2)}
 
 
-def test_compare_takes_turns(task):
+def test_compare_times_interleaved(task):
     log = []
-    compare({name: classifier(Recording, name=name, log=log) for name in "ABC"}, task, repeats=2, calls=2, threads=1, memory=False)
+    recording = {name: classifier(Recording, name=name, log=log) for name in "ABC"}
+    compare(recording, task, **QUICK | dict(repeats=2))
     everything = [(name, 20) for name in "ABC"]
     one_by_one = [(name, 1) for name in "ABC" for _ in range(2)]
     warm_up = [(name, 1) for name in "ABC"]
-    assert log == everything + everything + everything * 2 + warm_up + one_by_one * 2  # quality, warm-up, two rounds; the same for one by one
+    # quality, warm-up and two rounds in batches; then warm-up and two rounds one by one
+    assert log == everything + everything + everything * 2 + warm_up + one_by_one * 2
 
 
-def test_threads_are_given_back(task):
+def test_threads_are_restored(task):
     before = torch.get_num_threads()
     measure(classifier(), task, **QUICK | dict(threads=before + 1))
     assert torch.get_num_threads() == before
-    with pytest.raises(EcomoptError): measure(classifier(Fixed, answer=(float("nan"), 0.0)), task, **QUICK | dict(threads=before + 1))
+    broken = classifier(Fixed, answer=(float("nan"), 0.0))
+    with pytest.raises(EcomoptError): measure(broken, task, **QUICK | dict(threads=before + 1))
     assert torch.get_num_threads() == before
 
 
@@ -180,14 +183,15 @@ def test_disk_bytes_are_those_of_the_files(task, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_is_that_of_a_fresh_process(task):
-    ballast = np.ones(50_000_000)  # 400 MB here must not show up there
+    ballast = np.ones(50_000_000)  # 400 MB here must not be counted there
     measured = measure(classifier(), task, **QUICK | dict(memory=True)).memory_bytes
     assert 0 < measured < ballast.nbytes
 
 
 def test_an_artifact_that_does_not_run_is_reported(monkeypatch):
     monkeypatch.setattr("ecomopt.core.measure._PROBE", "raise RuntimeError('no such layer')")
-    with pytest.raises(EcomoptError, match="did not run in a fresh process(?s:.*)no such layer"): _peak_memory("small", ["good"], 1, 1)
+    with pytest.raises(EcomoptError, match="did not run in a fresh process(?s:.*)no such layer"):
+        _peak_memory("small", ["good"], 1, 1)
 
 
 # ---------------------------------------------------------------- measurements
@@ -210,8 +214,10 @@ def test_other_data_is_no_measurement(task, change):
 def test_a_comparison_has_a_table_and_a_figure(task):
     comparison = compare({"yes": classifier(Fixed), "no": classifier(Fixed, answer=(1.0, 0.0))}, task, **QUICK)
     table = comparison.table
-    assert list(table.index) == ["yes", "no"] and list(table["flips"]) == [0, 20] and list(table["accuracy %"]) == [50.0, 50.0]
-    assert comparison.pairs["no"].accuracy_change == 0 and (comparison.pairs["no"].lost, comparison.pairs["no"].gained) == (10, 10)
+    assert list(table.index) == ["yes", "no"]
+    assert list(table["flips"]) == [0, 20] and list(table["accuracy %"]) == [50.0, 50.0]
+    pair = comparison.pairs["no"]
+    assert pair.accuracy_change == 0 and (pair.lost, pair.gained) == (10, 10)
     assert comparison.pairs["yes"].speedup == 1 and "memory MB" not in table
     assert comparison.recall.loc["positive"].to_dict() == {"yes": 1.0, "no": 0.0}
     assert len(comparison.rounds) == 1 and set(comparison.rounds.columns.get_level_values(1)) == {"yes", "no"}
@@ -249,6 +255,7 @@ def test_options_that_measure_nothing(task, options, message):
 
 
 def test_an_empty_split_and_no_classifier(task):
-    with pytest.raises(EcomoptError, match="no labelled rows"): measure(classifier(), replace(task, test=task.test.select([])), **QUICK)
+    empty = replace(task, test=task.test.select([]))
+    with pytest.raises(EcomoptError, match="no labelled rows"): measure(classifier(), empty, **QUICK)
     with pytest.raises(EcomoptError, match="nothing to measure"): compare({}, task, **QUICK)
     with pytest.raises(EcomoptError, match="cannot be scored"): quality(np.array([], int), np.array([], int), LABELS)

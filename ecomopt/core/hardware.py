@@ -23,42 +23,55 @@ from .. import EcomoptError
 
 # %% ../../nbs/core/16_hardware.ipynb #87e617d1
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a number
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_int8", "amx_bf16", "amx_fp16",  # x86
-                 "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2")  # ARM; asimd is NEON
+_INSTRUCTIONS = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
+    "amx_int8", "amx_bf16", "amx_fp16",
+    "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",  # ARM; asimd is NEON
+)
 
-
+# %% ../../nbs/core/16_hardware.ipynb #3fb02fdb
 @dataclass(frozen=True)
 class Hardware:
     "What a machine has, and what it was measured to do."
-    processor: str                # its name
-    cores: int                    # that this process may use
-    instructions: tuple[str, ...] # sets of instructions for many numbers at once, by the system's names
-    gpu: str | None               # the accelerator's name; None if torch sees none
-    device: str                   # where the next two were measured
-    threads: int                  # of torch
-    bytes_per_s: float            # read from memory
-    macs_per_s: dict[str, float]  # multiply-adds a second of large products, by precision
-    to_dict = asdict              # plain data, ready for JSON
+    cpu: str                       # its name
+    cores: int                     # that this process may use
+    instructions: tuple[str, ...]  # sets of vector instructions, by the system's names
+    gpu: str | None                # the accelerator's name; None if torch sees none
+    device: str                    # where the next two were measured
+    threads: int                   # of torch
+    bytes_per_s: float             # read from memory
+    macs_per_s: dict[str, float]   # multiply-adds a second of large products, by precision
+
+    def to_dict(self) -> dict:  # plain data, ready for JSON
+        "All fields as plain data."
+        return asdict(self)
 
     @property
-    def own(self) -> list[str]:
-        "Precisions that it does not merely imitate: with half of float32's rate or more."
-        return [precision for precision, rate in self.macs_per_s.items() if rate >= self.macs_per_s["float32"] / 2]
+    def native_precisions(self) -> list[str]:
+        "Precisions that are not emulated: with half of float32's rate or more."
+        least = self.macs_per_s["float32"] / 2
+        return [precision for precision, rate in self.macs_per_s.items() if rate >= least]
 
 # %% ../../nbs/core/16_hardware.ipynb #67df3459
-def _processor() -> tuple[str, tuple[str, ...]]:
+def _cpu() -> tuple[str, tuple[str, ...]]:
     "Name and sets of instructions."
     try: text = Path("/proc/cpuinfo").read_text(encoding="utf8")
-    except OSError: return platform.processor() or platform.machine(), (torch.backends.cpu.get_cpu_capability().lower(),)
-    name, flags = (re.search(pattern, text) for pattern in (r"model name\s*: (.+)", r"(?:flags|Features)\s*: (.+)"))
+    except OSError:
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        return platform.processor() or platform.machine(), (capability,)
+    name = re.search(r"model name\s*: (.+)", text)
+    flags = re.search(r"(?:flags|Features)\s*: (.+)", text)
     has = flags[1].split() if flags else ()
-    return name[1] if name else platform.machine(), tuple(flag for flag in _INSTRUCTIONS if flag in has)
+    known = tuple(flag for flag in _INSTRUCTIONS if flag in has)
+    return name[1] if name else platform.machine(), known
 
 
 def _gpu() -> str | None:
     "Name of the accelerator."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
+    return (
+        str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
+    )
 
 # %% ../../nbs/core/16_hardware.ipynb #9334b950
 def _product(n: int, precision: str, device: torch.device) -> Callable:
@@ -69,9 +82,11 @@ def _product(n: int, precision: str, device: torch.device) -> Callable:
     if device.type != "cpu":
         A, B = (torch.ones(n, n, dtype=torch.int8, device=device) for _ in range(2))
         return lambda: torch._int_mm(A, B)
-    x, W = torch.full((n, n), 130, dtype=torch.uint8), torch.ops.onednn.qlinear_prepack(torch.ones(n, n, dtype=torch.int8), None)
-    scale, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int64)
-    return lambda: torch.ops.onednn.qlinear_pointwise(x, 0.02, 120, W, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    x = torch.full((n, n), 130, dtype=torch.uint8)
+    W = torch.ops.onednn.qlinear_prepack(torch.ones(n, n, dtype=torch.int8), None)
+    weights = W, torch.ones(n), torch.zeros(n, dtype=torch.int64)  # with scales and zero points
+    output = None, 1.0, 0, torch.float32, "none", [], ""
+    return lambda: torch.ops.onednn.qlinear_pointwise(x, 0.02, 120, *weights, *output)
 
 # %% ../../nbs/core/16_hardware.ipynb #d5db277c
 def _best_rate(call: Callable, amount: float, seconds: float, device: torch.device) -> float:
@@ -100,32 +115,46 @@ def describe_hardware(
     seconds: float = 1.0,  # spent on each measurement
     device: str = "cpu",   # what to measure, by torch's name: "cpu", "cuda", …
     n: int = 1024,         # side of the matrices; a GPU needs some thousand
-) -> Hardware:
-    "Say what a machine has, and measure how fast it reads memory and multiplies (Williams, Waterman and Patterson 2009)."
-    if not (seconds > 0 and n > 0): raise EcomoptError(f"seconds={seconds!r}, n={n!r}.", "describe_hardware", "Give numbers above 0.")
-    try: where, memory = torch.device(device), torch.ones(2**26, device=device)
+) -> Hardware:             # its fields say what was found and measured
+    "Describe a machine, and measure bandwidth and peak rates (Williams et al. 2009)."
+    if not (seconds > 0 and n > 0):
+        what = f"seconds={seconds!r}, n={n!r}."
+        raise EcomoptError(what, "describe_hardware", "Give numbers above 0.")
+    try: memory = torch.ones(2**26, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EcomoptError(f"There is no device {device!r}: {str(error).splitlines()[0]}", "argument device", "Give 'cpu', or one that torch sees.") from error
-    name, instructions = _processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        what = f"There is no device {device!r}: {str(error).splitlines()[0]}"
+        do = "Give 'cpu', or one that torch sees."
+        raise EcomoptError(what, "argument device", do) from error
+    where = memory.device
     with torch.inference_mode():
-        return Hardware(name, cores, instructions, _gpu(), device, torch.get_num_threads(),
-            _best_rate(memory.sum, memory.nbytes, seconds, where), _products(n, where, seconds))
+        bandwidth = _best_rate(memory.sum, memory.nbytes, seconds, where)
+        peaks = _products(n, where, seconds)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name, instructions = _cpu()
+    return Hardware(
+        name, cores or 1, instructions, _gpu(), device, torch.get_num_threads(), bandwidth, peaks
+    )
 
 # %% ../../nbs/core/16_hardware.ipynb #8800daf5
 def plot_roofline(
-    hardware: Hardware,    # the roofs
-    points: pd.DataFrame,  # one row a point: name, precision ("float32", …), intensity (MACs a byte), rate (MACs a second)
-) -> plt.Figure:
-    "Draw what a machine could do and what was reached (Williams, Waterman and Patterson 2009)."
+    hardware: Hardware,  # whose rooflines are drawn, of its native precisions
+    points: pd.DataFrame,  # a row each: name, precision, intensity (MACs/byte), rate (MACs/s)
+) -> plt.Figure:           # rate over intensity, both logarithmic
+    "Draw the roofline bounds and what was reached (Williams, Waterman and Patterson 2009)."
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    intensity = np.geomspace(min(0.1, points["intensity"].min() / 2), max(1000, points["intensity"].max() * 2), 200)
+    low, high = points["intensity"].min() / 2, points["intensity"].max() * 2
+    intensity = np.geomspace(min(0.1, low), max(1000, high), 200)
     colors = dict(zip(BYTES, ("tab:blue", "tab:orange", "tab:red", "tab:green")))
-    for precision in hardware.own:
-        axis.plot(intensity, np.minimum(hardware.macs_per_s[precision], hardware.bytes_per_s * intensity) / 1e9, color=colors[precision], linewidth=2 * BYTES[precision]**0.5, alpha=0.6, label=f"roof, {precision}")
+    for precision in hardware.native_precisions:
+        bound = np.minimum(hardware.macs_per_s[precision], hardware.bytes_per_s * intensity) / 1e9
+        look = dict(color=colors[precision], linewidth=2 * BYTES[precision] ** 0.5, alpha=0.6)
+        axis.plot(intensity, bound, label=f"bound, {precision}", **look)
     markers = dict(zip(points["name"].unique(), "osD^vP*X<>hp" * len(points)))
     for name, rows in points.groupby("name", sort=False):
-        axis.scatter(rows["intensity"], rows["rate"] / 1e9, marker=markers[name], color=[colors[p] for p in rows["precision"]], zorder=3, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="intensity, multiply-adds for each byte", ylabel="10⁹ multiply-adds a second")
+        color = [colors[precision] for precision in rows["precision"]]
+        look = dict(marker=markers[name], color=color, zorder=3, label=name)
+        axis.scatter(rows["intensity"], rows["rate"] / 1e9, **look)
+    axis.set(xscale="log", yscale="log", xlabel="intensity, multiply-adds for each byte")
+    axis.set(ylabel="10⁹ multiply-adds a second")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
