@@ -20,13 +20,18 @@ if not torch.cuda.is_available():
     sys.exit()
 
 hardware = describe_hardware(device="cuda", n=8192)
-NOTES = (f"Device: {hardware.gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}; float32 without TF32. Read from its memory: {hardware.bytes_per_s / 1e9:.0f} GB/s; "
-         "products of 8192 × 8192: " + ", ".join(f"{precision} {rate / 1e12:.1f} · 10¹² MACs/s" for precision, rate in hardware.macs_per_s.items())
-         + f". Step: forward and backward of MiniLM, {SENTENCES} sentences of {TOKENS} tokens, {ROUNDS} rounds of {STEPS} in turns, median of the rounds and of the ratios; peak memory above what "
-         f"was there before. Training: MiniLM on reviews, {EPOCHS} epochs in batches of 32, the loss times 2⁻²⁰; accuracy on the test split, mean and range of the seeds; steps a second from "
-         "text to trained model. Inference: sentences a second, test split, batches of 128, in turns, median of the ratios to float32 eager; labels equal to it.")
+NOTES = (
+    f"Device: {hardware.gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}; float32 without TF32. Read from its memory: {hardware.bytes_per_s / 1e9:.0f} GB/s; "
+    "products of 8192 × 8192: "
+    + ", ".join(f"{precision} {rate / 1e12:.1f} · 10¹² MACs/s" for precision, rate in hardware.macs_per_s.items())
+    + f". Step: forward and backward of MiniLM, {SENTENCES} sentences of {TOKENS} tokens, {ROUNDS} rounds of {STEPS} in turns, median of the rounds and of the ratios; peak memory above what "
+    f"was there before. Training: MiniLM on reviews, {EPOCHS} epochs in batches of 32, the loss times 2⁻²⁰; accuracy on the test split, mean and range of the seeds; steps a second from "
+    "text to trained model. Inference: sentences a second, test split, batches of 128, in turns, median of the ratios to float32 eager; labels equal to it."
+)
 AVAILABLE = [precision for precision in PRECISIONS if supports_precision(precision, "cuda")]
-TRAINING = {precision: {"precision": precision} for precision in AVAILABLE} | {"float16, no scale": {"precision": "float16", "scaled": False}}
+TRAINING = {precision: {"precision": precision} for precision in AVAILABLE} | {
+    "float16, no scale": {"precision": "float16", "loss_scaling": False}
+}
 task = load_task("reviews")
 texts, actual = task.test["text"][:], np.array(task.test["label"])
 start = load_model("minilm", task.labels)
@@ -58,16 +63,28 @@ def peak_memory(precision: str) -> int:
 def stepping() -> list[dict]:
     """Speed and memory of a step in each precision."""
     seconds = interleave({name: lambda _, name=name: steps(name) for name in AVAILABLE}, [[None]] * ROUNDS)
-    return [{"what": f"step, {name}", "ms": 1000 * np.median(seconds[name]) / STEPS, "× float32": np.median(seconds["float32"] / seconds[name]),
-             "peak MB": peak_memory(name) / 1e6} for name in AVAILABLE]
+    return [
+        {
+            "what": f"step, {name}",
+            "ms": 1000 * np.median(seconds[name]) / STEPS,
+            "× float32": np.median(seconds["float32"] / seconds[name]),
+            "peak MB": peak_memory(name) / 1e6,
+        }
+        for name in AVAILABLE
+    ]
 
 
 def training(name: str, seed: int) -> tuple[dict, Classifier]:
     """One training: accuracy, speed, skipped steps."""
     began = perf_counter()
-    model, rows = fit(start, task, epochs=EPOCHS, factor=2.0**-20, seed=seed, **TRAINING[name])
+    model, rows = fit(start, task, epochs=EPOCHS, loss_weight=2.0**-20, seed=seed, **TRAINING[name])
     seconds = perf_counter() - began
-    return {"what": f"train, {name}", "accuracy": np.mean(model.logits(texts).argmax(1).numpy() == actual), "steps/s": len(rows) / seconds, "skipped": int(rows["skipped"].sum())}, model
+    return {
+        "what": f"train, {name}",
+        "accuracy": np.mean(model.logits(texts).argmax(1).numpy() == actual),
+        "steps/s": len(rows) / seconds,
+        "skipped": int(rows["skipped"].sum()),
+    }, model
 
 
 def inference(classifier: Classifier) -> list[dict]:
@@ -79,8 +96,15 @@ def inference(classifier: Classifier) -> list[dict]:
             except EcomoptError as error: print(error)
     said = {name: c.logits(texts).argmax(1) for name, c in made.items()}
     rates = time_interleaved(made, texts, ROUNDS, 40, 128, 0)[0]["sentences/s"]
-    return [{"what": f"infer, {name}", "sentences/s": rates[name].median(), "× float32": (rates[name] / rates["eager float32"]).median(),
-             "labels equal": (said[name] == said["eager float32"]).float().mean().item()} for name in made]
+    return [
+        {
+            "what": f"infer, {name}",
+            "sentences/s": rates[name].median(),
+            "× float32": (rates[name] / rates["eager float32"]).median(),
+            "labels equal": (said[name] == said["eager float32"]).float().mean().item(),
+        }
+        for name in made
+    ]
 
 
 steps_table = stepping()
@@ -88,4 +112,9 @@ _, warm = training("float32", 0)
 groups = pd.DataFrame([training(name, seed)[0] for seed in SEEDS for name in TRAINING]).groupby("what", sort=False)
 span = groups["accuracy"].agg(lambda x: f"{x.min():.3f} to {x.max():.3f}")
 trained = groups.median().assign(**{"accuracy": groups["accuracy"].mean(), "accuracy, range": span}).reset_index()
-report("gpu", pd.concat([pd.DataFrame(steps_table), trained, pd.DataFrame(inference(warm))], ignore_index=True).round(4), SEEDS, NOTES)
+report(
+    "gpu",
+    pd.concat([pd.DataFrame(steps_table), trained, pd.DataFrame(inference(warm))], ignore_index=True).round(4),
+    SEEDS,
+    NOTES,
+)

@@ -26,7 +26,9 @@ def lm(): return tiny.language_model()
 def reference(lm, ids: list[int], n: int) -> list[int]:
     """What transformers writes."""
     start = torch.tensor([ids])
-    out = lm.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    out = lm.model.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     return out[0, len(ids):].tolist()
 
 
@@ -42,7 +44,12 @@ def test_another_architecture():
     """Positions of padded prompts are right also where they are learned."""
     torch.manual_seed(0)
     words = tiny.tokenizer()
-    lm = LanguageModel(GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)).eval(), words)
+    lm = LanguageModel(
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+        ).eval(),
+        words,
+    )
     ids = lm.encode(TEXTS)
     assert greedy_decoding(lm.model, ids, 6) == [reference(lm, row, 6) for row in ids]
 
@@ -51,7 +58,9 @@ def test_writing_ends_at_a_stop_token(lm):
     ids = lm.encode(TEXTS)
     written = greedy_decoding(lm.model, ids, 12)
     stop = written[0][4]
-    assert greedy_decoding(lm.model, ids, 12, {stop}) == [row[:row.index(stop)] if stop in row else row for row in written]
+    assert greedy_decoding(lm.model, ids, 12, {stop}) == [
+        row[: row.index(stop)] if stop in row else row for row in written
+    ]
 
 
 @pytest.mark.parametrize("ends, expected", [(5, {3, 5}), ([5, 7], {3, 5, 7}), (None, {3})])
@@ -69,7 +78,9 @@ def test_chat_template(lm):
     lm = LanguageModel(lm.model, tiny.tokenizer(), max_length=12)
     plain = lm.encode(["good"])
     assert lm.encode(["good"], chat=True) == plain
-    lm.tokenizer.chat_template = "{% for m in messages %}very {{ m.content }} {% endfor %}{% if add_generation_prompt %}was{% endif %}"
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}very {{ m.content }} {% endfor %}{% if add_generation_prompt %}was{% endif %}"
+    )
     assert lm.tokenizer.decode(lm.encode(["good"], chat=True)[0]) == "very good was" and lm.encode(["good"]) == plain
     with pytest.raises(EcomoptError, match="has 14 tokens"): lm.generate(["good " * 12])
 
@@ -78,7 +89,11 @@ def test_no_texts(lm):
     assert lm.encode([]) == [] and lm.generate([]) == []
 
 
-@given(st.lists(st.lists(st.sampled_from(tiny.WORDS), max_size=12).map(" ".join), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 4))
+@given(
+    st.lists(st.lists(st.sampled_from(tiny.WORDS), max_size=12).map(" ".join), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
 @settings(max_examples=15, deadline=None)
 def test_losses_are_the_models_own(texts, window, batch_size):
     """With any window and batch each token but the first is predicted once, by those before it in its window."""
@@ -156,9 +171,18 @@ def test_a_model_that_is_not_there(name, tmp_path):
     with pytest.raises(EcomoptError, match="cannot be loaded"): load_language_model(tmp_path / name)
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda lm: lm.encode("one text"), lambda lm: lm.generate(["good"], 0), lambda lm: lm.generate(["good"], batch_size=0),
-    lambda lm: lm.generate([""]), lambda lm: losses(lm, ["good"], window=0), lambda lm: losses(lm, []),
-    lambda lm: losses(lm, ["good"]), lambda lm: generation_speed({"one": lm}, "good", max_new_tokens=1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda lm: lm.encode("one text"),
+        lambda lm: lm.generate(["good"], 0),
+        lambda lm: lm.generate(["good"], batch_size=0),
+        lambda lm: lm.generate([""]),
+        lambda lm: losses(lm, ["good"], window=0),
+        lambda lm: losses(lm, []),
+        lambda lm: losses(lm, ["good"]),
+        lambda lm: generation_speed({"one": lm}, "good", max_new_tokens=1),
+    ],
+)
 def test_bad_input(lm, wrong):
     with pytest.raises(EcomoptError): wrong(lm)

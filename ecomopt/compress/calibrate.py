@@ -102,7 +102,7 @@ def static_range(
     method: str = "mse",         # "minmax", "percentile" or "mse": equations (1), (2), (3)
     percentile: float = 99.99,   # of the numbers that "percentile" keeps, above 50 and at most 100
 ) -> tuple[float, float]:        # lowest and highest number that is not clipped; contains 0
-    "Choose the range of an input from its histogram (Wu et al. 2020, section 4)."
+    "Choose the range of an input from its histogram (first two: Wu et al. 2020, section 3.4)."
     if method == "mse": return _mse_range(histogram)
     if method == "percentile": return _percentile_range(histogram, percentile)
     return histogram.low, histogram.high

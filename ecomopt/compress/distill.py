@@ -255,7 +255,7 @@ def transformer_layers(
 
 # %% ../../nbs/compress/20_distill.ipynb #517d3ecc
 def select_layers(
-    layers: int | Sequence[int],  # how many, evenly spread with first and last (1: the first); or indices
+    layers: int | Sequence[int],  # how many, evenly spread with first and last; or indices
     num_layers: int,              # of the model
 ) -> list[int]:                   # indices in rising order
     "Select the layers to keep."
@@ -274,7 +274,7 @@ def select_layers(
 # %% ../../nbs/compress/20_distill.ipynb #a31e7be0
 def keep_layers(
     classifier: Classifier,       # its model's layers must be one list
-    layers: int | Sequence[int],  # how many, evenly spread with first and last (1: the first); or indices
+    layers: int | Sequence[int],  # how many, evenly spread with first and last; or indices
 ) -> Classifier:                  # a copy with these layers, else unchanged, in evaluation mode
     "Copy a classifier without some of its layers (Sanh et al. 2019, section 3)."
     kept = select_layers(layers, len(transformer_layers(classifier.model)))

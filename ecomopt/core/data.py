@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import Dataset, Features, Value
-from scipy.sparse import coo_array
-from scipy.sparse import csgraph
+from scipy.sparse import coo_array, csgraph
 
 from .. import EcomoptError
 from .assets import fetch

@@ -9,74 +9,75 @@ __all__ = ['greedy_decoding', 'LanguageModel', 'load_language_model', 'losses', 
 # %% ../../nbs/core/15_generate.ipynb #8937b322
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import EcomoptError
 from .assets import ASSETS, fetch
 from .measure import interleave
-from .train import token_ids
+from .train import _token_ids
 
 # %% ../../nbs/core/15_generate.ipynb #ae0eefe3
+def _left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids and mask, padded on the left: [B, L] each."
+    length = max(map(len, ids))
+    rows = [[0] * (length - len(row)) + row for row in ids]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in ids]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def _append(
+    generated: list[list[int]], is_open: list[bool], tokens: list[int], stop: Sequence[int]
+) -> list[bool]:
+    "Append a token to each row that is not finished; tell which rows go on."
+    is_open = [before and token not in stop for before, token in zip(is_open, tokens)]
+    for row, goes_on, token in zip(generated, is_open, tokens):
+        if goes_on: row.append(token)
+    return is_open
+
+# %% ../../nbs/core/15_generate.ipynb #2f3c9ab9
 @torch.inference_mode()
 def greedy_decoding(
     model: PreTrainedModel,    # any `...ForCausalLM`, in evaluation mode
     ids: list[list[int]],      # the tokens of each prompt, one or more
-    max_new_tokens: int,       # the most to write for each
+    max_new_tokens: int,       # the most to generate for each
     stop: Sequence[int] = (),  # tokens that end a text
 ) -> list[list[int]]:          # the new tokens of each, without the one it stopped at
     "Append the likeliest token again and again, with a cache of keys and values."
-    length = max(map(len, ids))
-    new = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    written, is_open, cache, padded = [[] for _ in ids], [True] * len(ids), None, not mask.all()
+    new, mask = _left_padded(ids, model.device)
+    generated, is_open, extra, cache = [[] for _ in ids], [True] * len(ids), {}, None
     for _ in range(max_new_tokens):
-        extra = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1]:]) if padded else {}
+        if not mask.all():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1]:]
+            extra = dict(attention_mask=mask, position_ids=positions)
         out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-        new, cache = out.logits[:, -1].float().argmax(-1, keepdim=True), out.past_key_values
-        for row, token in enumerate(new[:, 0].tolist()):
-            is_open[row] = is_open[row] and token not in stop
-            if is_open[row]: written[row].append(token)
+        cache = out.past_key_values
+        new = out.logits[:, -1].float().argmax(-1, keepdim=True)
+        is_open = _append(generated, is_open, new[:, 0].tolist(), stop)
         if not any(is_open): break
-        if padded: mask = torch.cat([mask, torch.ones_like(new)], 1)
-    return written
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+    return generated
 
-# %% ../../nbs/core/15_generate.ipynb #2d3c0eaf
-def _encode(self,
-    texts: Sequence[str],  # any number
-    chat: bool = False,    # wrap each as what a user said, if the tokenizer has a chat template
-) -> list[list[int]]:      # a list of token ids for each text
-    "Turn texts into token ids, each list at most `max_length` long."
-    if isinstance(texts, str) or not (chat and self.tokenizer.chat_template): return token_ids(self.tokenizer, texts, self.max_length)
-    def wrap(text): return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    ids = [self.tokenizer(wrap(text), add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    long = [i for i, row in enumerate(ids) if len(row) > self.max_length]  # cut, it would end inside of the form
-    if long: raise EcomoptError(f"Prompt {long[0]} has {len(ids[long[0]])} tokens.", "prompts", f"Give at most {self.max_length}, or raise max_length.")
-    return ids
-
-# %% ../../nbs/core/15_generate.ipynb #f8d17301
-def _generate(self,
-    prompts: Sequence[str],    # what to answer, or to go on from
-    max_new_tokens: int = 64,  # the most to write for each
-    chat: bool = True,         # wrap each as what a user said, if the tokenizer has a chat template
-    batch_size: int = 8,       # prompts at a time
-) -> list[str]:                # what was written, without the prompt
-    "Answer each prompt greedily."
-    for name, value in dict(max_new_tokens=max_new_tokens, batch_size=batch_size).items():
-        if not value > 0: raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
-    ids = self.encode(prompts, chat)
-    if not all(ids): raise EcomoptError("A prompt has no tokens.", f"prompt {ids.index([])}", "Give each at least one word to begin with.")
-    order, answers = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
-    for first in range(0, len(ids), batch_size):
-        rows = order[first:first + batch_size]
-        written = greedy_decoding(self.model.eval(), [ids[i] for i in rows], max_new_tokens, self.stop)
-        for i, tokens in zip(rows, written): answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
-    return answers
+# %% ../../nbs/core/15_generate.ipynb #0f6cb0a7
+def _check_prompts(ids: list[list[int]], **numbers: int) -> None:
+    "Refuse empty prompts, and numbers that are not above 0."
+    for name, value in numbers.items():
+        if value > 0: continue
+        raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
+    if not all(ids):
+        do = "Give each at least one word to begin with."
+        raise EcomoptError("A prompt has no tokens.", f"prompt {ids.index([])}", do)
 
 # %% ../../nbs/core/15_generate.ipynb #847d01c0
 @dataclass
@@ -86,13 +87,50 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase  # the tokenizer it was trained with
     max_length: int = 1024              # longer texts are cut here (tokens)
 
-    encode, generate = _encode, _generate
-
     @property
     def stop(self) -> set[int]:  # token ids
         "The tokens that end a text."
-        ends = self.model.config.eos_token_id, self.tokenizer.eos_token_id
-        return {token for end in ends if end is not None for token in (end if isinstance(end, list) else [end])}
+        ends = [self.model.config.eos_token_id, self.tokenizer.eos_token_id]
+        lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+        return {token for ids in lists for token in ids}
+
+    def encode(self,
+        texts: Sequence[str],  # any number
+        chat: bool = False,    # wrap each as a user's message, if the tokenizer has a chat template
+    ) -> list[list[int]]:      # a list of token ids for each text
+        "Turn texts into token ids, each list at most `max_length` long."
+        if isinstance(texts, str) or not (chat and self.tokenizer.chat_template):
+            return _token_ids(self.tokenizer, texts, self.max_length)
+        template = partial(
+            self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True
+        )
+        wrapped = [template([{"role": "user", "content": text}]) for text in texts]
+        options = dict(add_special_tokens=False, verbose=False)
+        ids = [self.tokenizer(text, **options)["input_ids"] for text in wrapped]
+        for i, row in enumerate(ids):  # cut, it would end inside of the template
+            if len(row) <= self.max_length: continue
+            do = f"Give at most {self.max_length}, or raise max_length."
+            raise EcomoptError(f"Prompt {i} has {len(row)} tokens.", "prompts", do)
+        return ids
+
+    def generate(self,
+        prompts: Sequence[str],    # what to answer, or to continue
+        max_new_tokens: int = 64,  # the most to generate for each
+        chat: bool = True,         # wrap each as a user's message, if there is a chat template
+        batch_size: int = 8,       # prompts at a time
+    ) -> list[str]:                # what was generated, without the prompt
+        "Answer each prompt greedily; prompts of similar length share a batch."
+        ids = self.encode(prompts, chat)
+        _check_prompts(ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        answers = [""] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for first in range(0, len(ids), batch_size):
+            rows = order[first:first + batch_size]
+            batch = [ids[i] for i in rows]
+            new = greedy_decoding(self.model.eval(), batch, max_new_tokens, self.stop)
+            for i, tokens in zip(rows, new):
+                answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return answers
 
 # %% ../../nbs/core/15_generate.ipynb #bf23ba1f
 def load_language_model(
@@ -105,43 +143,65 @@ def load_language_model(
     home = files[0].parent if files else path if path.exists() else name
     gguf = {"gguf_file": files[0].name} if files else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, **(gguf or {"use_safetensors": True}))
+        model = AutoModelForCausalLM.from_pretrained(
+            home, dtype=torch.float32, **(gguf or {"use_safetensors": True})
+        )
         tokenizer = AutoTokenizer.from_pretrained(home, **gguf)
     except (OSError, ValueError, RuntimeError) as error:
-        raise EcomoptError(f"The model cannot be loaded: {str(error).splitlines()[0]}", f"model {str(name)!r}",
-            f"Name an asset ({', '.join(ASSETS)}), a directory with safetensors, a GGUF file, or a hub id that can be reached.") from error
+        raise EcomoptError(
+            f"The model cannot be loaded: {str(error).splitlines()[0]}",
+            f"model {str(name)!r}",
+            f"Name an asset ({', '.join(ASSETS)}), a directory, a GGUF file or a hub id.",
+        ) from error
     if files:
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return LanguageModel(model.eval(), tokenizer, max_length)
 
 # %% ../../nbs/core/15_generate.ipynb #563ee6a6
+def _windows(rows: list[list[int]], window: int) -> list[tuple[int, list[int]]]:
+    "Text number and tokens of each window, shortest first; windows share a token."
+    starts = [(i, a) for i, row in enumerate(rows) for a in range(0, len(row) - 1, window)]
+    windows = [(i, rows[i][a:a + window + 1]) for i, a in starts]
+    return sorted(windows, key=lambda one: len(one[1]))
+
+
+def _batch_losses(model: PreTrainedModel, batch: Sequence[list[int]]) -> np.ndarray:
+    "Nats and predicted tokens of each row, padded on the right: [B, 2]."
+    ids = torch.full((len(batch), len(batch[-1])), -100)
+    for row, tokens in zip(ids, batch): row[:len(tokens)] = torch.tensor(tokens)
+    inputs = ids.clamp(min=0).to(model.device)
+    logits = model.eval()(input_ids=inputs, use_cache=False).logits[:, :-1].float().cpu()
+    nats = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").sum(1)  # 0 where there is -100
+    return np.stack([nats.numpy(), (ids[:, 1:] >= 0).sum(1).numpy()], 1)
+
+# %% ../../nbs/core/15_generate.ipynb #98df1970
 @torch.inference_mode()
 def losses(
     lm: LanguageModel,     # whose predictions to judge
-    texts: Sequence[str],  # read by themselves, not as a chat; those of one token count nothing
-    window: int = 256,     # tokens that are predicted in one go
+    texts: Sequence[str],  # plain, not as a chat; those of one token count nothing
+    window: int = 256,     # tokens that are predicted in one pass
     batch_size: int = 8,   # windows at a time
 ) -> np.ndarray:           # [texts, 2]: nats (the sum of -log p), and tokens that were predicted
-    "How surprised a model is by each text."
-    if not (window > 0 and batch_size > 0): raise EcomoptError(f"window={window!r}, batch_size={batch_size!r}.", "losses", "Give numbers above 0.")
-    rows, result = lm.encode(texts), np.zeros((len(texts), 2))
-    pieces = [(i, row[a:a + window + 1]) for i, row in enumerate(rows) for a in range(0, len(row) - 1, window)]
-    pieces.sort(key=lambda piece: len(piece[1]))
-    for first in range(0, len(pieces), batch_size):
-        numbers, batch = zip(*pieces[first:first + batch_size])
-        ids = torch.full((len(batch), len(batch[-1])), -100)
-        for row, piece in zip(ids, batch): row[:len(piece)] = torch.tensor(piece)
-        logits = lm.model.eval()(input_ids=ids.clamp(min=0).to(lm.model.device), use_cache=False).logits[:, :-1].float().cpu()
-        nats = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").sum(1)  # nothing where there is -100
-        np.add.at(result, list(numbers), np.stack([nats.numpy(), (ids[:, 1:] >= 0).sum(1).numpy()], 1))
-    if not result[:, 1].sum(): raise EcomoptError("There is nothing to predict.", "texts", "Give a text of two tokens or more.")
+    "Negative log-likelihood of each text."
+    if not (window > 0 and batch_size > 0):
+        what = f"window={window!r}, batch_size={batch_size!r}."
+        raise EcomoptError(what, "losses", "Give numbers above 0.")
+    windows = _windows(lm.encode(texts), window)
+    result = np.zeros((len(texts), 2))
+    for first in range(0, len(windows), batch_size):
+        numbers, batch = zip(*windows[first:first + batch_size])
+        np.add.at(result, list(numbers), _batch_losses(lm.model, batch))
+    if not result[:, 1].sum():
+        raise EcomoptError("There is nothing to predict.", "texts", "Give two tokens or more.")
     return result
 
 # %% ../../nbs/core/15_generate.ipynb #2f493a85
 def _drawn(rows: np.ndarray, seed: int) -> np.ndarray:
     "The sums over 2,000 samples of the texts, drawn with replacement: [2000, columns]."
-    draw = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=2000)
+    draw = np.random.default_rng(seed).multinomial(
+        len(rows), np.full(len(rows), 1 / len(rows)), size=2000
+    )
     sums = draw @ rows
     return sums[sums[:, -1] > 0]
 
@@ -153,7 +213,11 @@ def perplexity(
     "Equation (2), with an interval for the choice of the texts."
     sums, drawn = losses.sum(0), _drawn(losses, seed)
     interval = np.exp(np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]))
-    return {"perplexity": float(np.exp(sums[0] / sums[1])), "perplexity_interval": tuple(map(float, interval)), "tokens": int(sums[1])}
+    return {
+        "perplexity": float(np.exp(sums[0] / sums[1])),
+        "perplexity_interval": tuple(map(float, interval)),
+        "tokens": int(sums[1]),
+    }
 
 # %% ../../nbs/core/15_generate.ipynb #68091025
 def paired_perplexity(
@@ -163,28 +227,53 @@ def paired_perplexity(
 ) -> dict:               # perplexity_change and its 95 % interval (fractions of the baseline's)
     "How much higher a second model's perplexity is, judged on the same texts."
     if first.shape != second.shape or (first[:, 1] != second[:, 1]).any():
-        raise EcomoptError("The losses are not of the same tokens.", "paired_perplexity", "Compare models that share texts and a tokenizer.")
+        raise EcomoptError(
+            "The losses are not of the same tokens.",
+            "paired_perplexity",
+            "Compare models that share texts and a tokenizer.",
+        )
     rows = np.column_stack([second[:, 0] - first[:, 0], first[:, 1]])
     sums, drawn = rows.sum(0), _drawn(rows, seed)
     low, high = np.expm1(np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]))
-    return {"perplexity_change": float(np.expm1(sums[0] / sums[1])), "perplexity_change_interval": (float(low), float(high))}
+    return {
+        "perplexity_change": float(np.expm1(sums[0] / sums[1])),
+        "perplexity_change_interval": (float(low), float(high)),
+    }
+
+# %% ../../nbs/core/15_generate.ipynb #a9fbeaff
+def _rates(seconds: np.ndarray, baseline: np.ndarray, prompt: int, tokens: int) -> dict:
+    "Rates of one model from the seconds of its first token and of all [rounds, 2]."
+    first, whole = seconds.T
+    ratio = baseline / whole
+    return {
+        "tokens/s": tokens / np.median(whole),
+        "prefill tokens/s": prompt / np.median(first),
+        "decode tokens/s": (tokens - 1) / np.median(whole - first),
+        "× tokens/s": np.median(ratio),
+        "IQR": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])),
+        "rounds": len(whole),
+    }
 
 # %% ../../nbs/core/15_generate.ipynb #397b203e
 def generation_speed(
     models: dict[str, LanguageModel],  # the first is the baseline
     prompt: str,                       # what all of them answer
-    max_new_tokens: int = 64,          # written each time, whatever the text
-    rounds: int = 5,                   # turns
-) -> pd.DataFrame:                     # one row a model: tokens/s (of writing, prompt included), prefill and decode tokens/s, ratios
-    "Tokens a second of one greedy text, and how much faster than the first model: the median of the rounds' ratios."
-    if max_new_tokens < 2 or rounds < 1: raise EcomoptError(f"{max_new_tokens} tokens in {rounds} rounds.", "generation_speed", "Give at least 2 and 1.")
+    max_new_tokens: int = 64,          # generated each time, whatever the text
+    rounds: int = 5,                   # interleaved
+) -> pd.DataFrame:                     # a row a model: tokens/s (prompt included), prefill, decode
+    "Tokens a second of one greedy text, and the median of the rounds' ratios to the first model."
+    if max_new_tokens < 2 or rounds < 1:
+        what = f"{max_new_tokens} tokens in {rounds} rounds."
+        raise EcomoptError(what, "generation_speed", "Give at least 2 and 1.")
     ids = {name: lm.encode([prompt], chat=True) for name, lm in models.items()}
-    calls = {name: lambda n, name=name: greedy_decoding(models[name].model.eval(), ids[name], n) for name in models}
-    seconds, rows = interleave(calls, [[1, max_new_tokens]] * rounds), {}  # of the first token, and of all
-    for name, (first, whole) in ((name, s.T) for name, s in seconds.items()):
-        ratio = next(iter(seconds.values()))[:, 1] / whole
-        rows[name] = {
-            "tokens/s": max_new_tokens / np.median(whole), "prefill tokens/s": len(ids[name][0]) / np.median(first),
-            "decode tokens/s": (max_new_tokens - 1) / np.median(whole - first), "× tokens/s": np.median(ratio),
-            "its middle half": "{:.2f} to {:.2f}".format(*np.percentile(ratio, [25, 75])), "rounds": rounds}
+    calls = {
+        name: lambda n, name=name: greedy_decoding(models[name].model.eval(), ids[name], n)
+        for name in models
+    }
+    seconds = interleave(calls, [[1, max_new_tokens]] * rounds)  # of the first token, and of all
+    baseline = seconds[next(iter(models))][:, 1]
+    prompts = {name: len(row[0]) for name, row in ids.items()}
+    rows = {
+        name: _rates(s, baseline, prompts[name], max_new_tokens) for name, s in seconds.items()
+    }
     return pd.DataFrame(rows).T
