@@ -20,13 +20,16 @@ if not torch.cuda.is_available():
     sys.exit()
 
 hardware = describe_hardware(device="cuda", n=8192)
+PEAKS = [f"{precision} {rate / 1e12:.1f} · 10¹² MACs/s" for precision, rate in hardware.macs_per_s.items()]
 NOTES = (
-    f"Device: {hardware.gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}; float32 without TF32. Read from its memory: {hardware.bytes_per_s / 1e9:.0f} GB/s; "
-    "products of 8192 × 8192: "
-    + ", ".join(f"{precision} {rate / 1e12:.1f} · 10¹² MACs/s" for precision, rate in hardware.macs_per_s.items())
-    + f". Step: forward and backward of MiniLM, {SENTENCES} sentences of {TOKENS} tokens, {ROUNDS} rounds of {STEPS} in turns, median of the rounds and of the ratios; peak memory above what "
-    f"was there before. Training: MiniLM on reviews, {EPOCHS} epochs in batches of 32, the loss times 2⁻²⁰; accuracy on the test split, mean and range of the seeds; steps a second from "
-    "text to trained model. Inference: sentences a second, test split, batches of 128, in turns, median of the ratios to float32 eager; labels equal to it."
+    f"Device: {hardware.gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}; float32 without TF32. "
+    f"Memory bandwidth {hardware.bytes_per_s / 1e9:.0f} GB/s; products of 8192 × 8192: {', '.join(PEAKS)}. "
+    f"Step: forward and backward of MiniLM, {SENTENCES} sentences of {TOKENS} tokens, {ROUNDS} interleaved rounds of "
+    f"{STEPS}, median of the rounds and of the ratios; peak memory above what was there before. "
+    f"Training: MiniLM on reviews, {EPOCHS} epochs in batches of 32, the loss times 2⁻²⁰; accuracy on the test split, "
+    "mean and range of the seeds; steps a second from text to trained model. "
+    "Inference: sentences a second, test split, batches of 128, interleaved, median of the ratios to float32 eager; "
+    "same labels as it."
 )
 AVAILABLE = [precision for precision in PRECISIONS if supports_precision(precision, "cuda")]
 TRAINING = {precision: {"precision": precision} for precision in AVAILABLE} | {

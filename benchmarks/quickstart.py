@@ -10,7 +10,7 @@ from tools.bench import report
 SEEDS = [0, 1, 2]
 NOTES = (
     "Reviews, test split, two threads. Accuracy: mean, smallest and largest of three seeds; retained: of the same "
-    "seed's teacher. Throughput: ratio to the float32 teacher, interleaved in one process, median of the seeds' medians. "
+    "seed's teacher. Throughput: ratio to the float32 teacher, interleaved, median of the seeds' medians. "
     "The number of layers was chosen on the validation split."
 )
 
