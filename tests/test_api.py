@@ -61,8 +61,10 @@ def test_names_of_the_top_level_have_documentation_in_editors(name):
     assert found, f"an editor knows nothing of ecomopt.{name}"
     if not callable(value): return
     signatures = jedi.Script(f"{code}(").get_signatures(2, len(f"ecomopt.{name}("))
-    wanted = [p for p in inspect.signature(value).parameters if p not in ("args", "kwargs")]
-    assert [p.name for p in signatures[0].params if p.name not in ("args", "kwargs")][:len(wanted)] == wanted
+    shown = [p.name for p in signatures[0].params]  # *args and **others are shown as what they are passed on to
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    wanted = [p.name for p in inspect.signature(value).parameters.values() if p.kind not in variadic]
+    assert wanted == [name for name in shown if name in wanted]
     assert found[0].docstring(raw=True)
 
 
