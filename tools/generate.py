@@ -22,7 +22,7 @@ INDEX, PACKAGE, QUICKSTART = (
 FIGURE = NBS / "quickstart.png"
 HIDDEN = re.compile(r"^#\|\s*(hide|include:\s*false|echo:\s*false|default_exp)", re.M)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)")  # a link or image to a file; a file of the index lies in nbs/
-BLOCK = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(\n<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (?P<name>\w+) -->\n)(?:(?!<!--).)*(\n<!-- end -->)", re.S)
 
 
 # ---------------------------------------------------------------- the quickstart in the README
