@@ -76,7 +76,7 @@ def test_all_else_is_left_alone(call):
         ("", None),
     ],
 )
-def test_a_processor_is_asked(monkeypatch, flags, has):
+def test_the_flags_of_a_cpu_decide(monkeypatch, flags, has):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: f"model name\t: Some\nflags\t\t: {flags}\n")
     for name in ("float16", "bfloat16"):
@@ -114,7 +114,7 @@ def test_a_device_that_is_not_there(monkeypatch, name, device):
     with pytest.raises(EcomoptError, match=name): _check_precision(name, device)
 
 
-def test_no_trainer_takes_float16_on_a_processor(monkeypatch):
+def test_no_trainer_takes_float16_on_a_cpu(monkeypatch):
     monkeypatch.setattr(precision, "supports_precision", lambda precision, device: True)
     with pytest.raises(EcomoptError, match="float16"): precision_arguments("float16", "cpu")
     assert precision_arguments("bfloat16", "cpu") == {"bf16": True, "fp16": False}
@@ -134,7 +134,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_bad_settings(wrong):
+def test_bad_hyperparameters(wrong):
     with pytest.raises(EcomoptError, match=next(iter(wrong))): fit(tiny.classifier(layers=1), tiny.task(), **wrong)
 
 
@@ -145,11 +145,13 @@ def test_a_task_that_does_not_fit():
     with pytest.raises(EcomoptError, match="labels"): fit(tiny.classifier(layers=1, labels=("a", "b", "c")), task)
 
 
-def trained(**settings):
+def trained(**hyperparameters):
     start = tiny.classifier(layers=1)
     before = [p.clone() for p in start.model.parameters()]
     model, steps = fit(
-        start, tiny.task(), **{"epochs": 12, "batch_size": 10, "learning_rate": 3e-3, "emulate": True, **settings}
+        start,
+        tiny.task(),
+        **{"epochs": 12, "batch_size": 10, "learning_rate": 3e-3, "emulate": True, **hyperparameters},
     )
     assert all(torch.equal(a, b) for a, b in zip(before, start.model.parameters()))  # the start is left as it was
     assert all(p.dtype == torch.float32 for p in model.model.parameters())
@@ -160,7 +162,7 @@ def weights(classifier): return torch.cat([p.detach().flatten() for p in classif
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "hyperparameters",
     [
         dict(precision="float32"),
         dict(precision="bfloat16"),
@@ -168,8 +170,8 @@ def weights(classifier): return torch.cat([p.detach().flatten() for p in classif
         dict(precision="float16", loss_weight=2.0**-20),
     ],
 )
-def test_it_learns(settings):
-    model, steps = trained(**settings)
+def test_it_learns(hyperparameters):
+    model, steps = trained(**hyperparameters)
     assert steps["loss"].iloc[-6:].mean() < 0.3 * steps["loss"].iloc[0] and not steps["skipped"].any()
     test = tiny.task().test
     assert (model.logits(test["text"][:]).argmax(1) == torch.tensor(test["label"][:])).float().mean() > 0.9
@@ -210,7 +212,7 @@ def test_the_same_seed_is_the_same_training():
     assert first.equals(second) and torch.equal(weights(a), weights(b)) and not first.equals(third)
 
 
-def test_a_factor_changes_nothing_in_float32():
+def test_a_loss_weight_changes_nothing_in_float32():
     (_, first), (_, second) = trained(loss_weight=2.0**-20), trained()
     assert torch.allclose(torch.tensor(first["loss"][:6]), torch.tensor(second["loss"][:6]), rtol=1e-3)
 
@@ -218,7 +220,7 @@ def test_a_factor_changes_nothing_in_float32():
 def test_clipping_sees_the_gradient_without_the_scale():
     start, task = tiny.classifier(layers=1), tiny.task()
     runs = [
-        fit(start, task, max_norm=1e-9, loss_scaling=scaled) for scaled in (True, False)
+        fit(start, task, max_norm=1e-9, loss_scaling=loss_scaling) for loss_scaling in (True, False)
     ]  # so short that AdamW's epsilon counts
     free, _ = fit(start, task)
     moved = [(weights(model) - weights(start)).norm() for model in (*(model for model, _ in runs), free)]

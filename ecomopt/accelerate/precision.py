@@ -110,24 +110,24 @@ def precision_arguments(
 
 # %% ../../nbs/accelerate/30_precision.ipynb #bc2e479d
 def _step(
-    model: nn.Module, batch: dict, optimizer, scaler, context: Callable, factor: float,
+    model: nn.Module, batch: dict, optimizer, scaler, context: Callable, loss_weight: float,
     max_norm: float,
 ) -> dict:
     "One step in mixed precision, and what happened."
     batch = {name: x.to(model.device) for name, x in batch.items()}
     scale = scaler.get_scale()
     labels = batch.pop("labels")
-    with context(): loss = factor * F.cross_entropy(model(**batch).logits.float(), labels)
+    with context(): loss = loss_weight * F.cross_entropy(model(**batch).logits.float(), labels)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)  # of the gradient itself: the scale is gone
-    for g in grads: g *= (factor * max_norm / norm).clamp(max=1.0)
+    for g in grads: g *= (loss_weight * max_norm / norm).clamp(max=1.0)
     scaler.step(optimizer)  # skipped if a gradient is not finite
     scaler.update()
     optimizer.zero_grad()
-    found = {"loss": loss.detach() / factor, "gradient": norm / factor, "scale": scale}
-    return found | {"skipped": scaler.get_scale() < scale}
+    found = {"loss": loss.detach() / loss_weight, "gradient": norm / loss_weight}
+    return found | {"scale": scale, "skipped": scaler.get_scale() < scale}
 
 # %% ../../nbs/accelerate/30_precision.ipynb #b830ac00
 def _batches(classifier: Classifier, task: Task, size: int, seed: int, epochs: int) -> list[dict]:
@@ -153,9 +153,9 @@ def _context(precision: str, device: str, emulate: bool) -> Callable:
     return partial(EmulatedPrecision, dtype) if emulate else partial(torch.autocast, device, dtype)
 
 # %% ../../nbs/accelerate/30_precision.ipynb #d3379262
-def _check(classifier: Classifier, task: Task, **settings) -> None:
+def _check(classifier: Classifier, task: Task, **hyperparameters) -> None:
     "Refuse what cannot be trained."
-    for name, value in settings.items():
+    for name, value in hyperparameters.items():
         if not 0 < value < float("inf") or name in ("epochs", "batch_size") and value % 1:
             do = "Give a number above 0; epochs and batch_size are whole."
             raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", do)
@@ -206,8 +206,7 @@ def fit(
            loss_weight=loss_weight, max_norm=max_norm)
     batches = _batches(classifier, task, batch_size, seed, epochs)
     if loss_scaling is None: loss_scaling = precision == "float16"
-    step = partial(
-        _step, context=_context(precision, device, emulate), factor=loss_weight, max_norm=max_norm
-    )
+    context = _context(precision, device, emulate)
+    step = partial(_step, context=context, loss_weight=loss_weight, max_norm=max_norm)
     model, rows = _run(classifier.model, batches, step, learning_rate, loss_weight, loss_scaling)
     return replace(classifier, model=model), rows
