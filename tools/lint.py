@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TECHNIQUE = {"core", "compress", "accelerate", "tune", "optimize"}
 TOUR = {"", "start"}  # the index and the quickstart show what comes later
 MAX_LINES, MAX_MEDIAN, CELLS, EXERCISES = 25, 6, range(20, 71), range(3, 6)
-LONG_CELLS = {"accelerate/30_precision.ipynb"}  # whose cells are still to be split: the median rule comes later
 MAX_VALUE = 30  # characters of a value in `a, b = x, y`
 MAX_OUTPUTS = 400_000  # bytes of the stored outputs of a notebook
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -185,7 +184,7 @@ def size(nb: Notebook) -> Iterator[Finding]:
             if lines > MAX_LINES: yield cell.number, f"{method.name} has {lines} lines; at most {MAX_LINES}"
     if not nb.is_technique: return
     middle = median([len(cell.lines) for cell in nb.code if not cell.exported] or [0])
-    if middle > MAX_MEDIAN and str(nb.path) not in LONG_CELLS:
+    if middle > MAX_MEDIAN:
         yield 0, f"code cells that export nothing have a median of {middle:g} lines; at most {MAX_MEDIAN}"
     if len(nb.cells) not in CELLS: yield 0, f"{len(nb.cells)} cells; a technique has {CELLS[0]} to {CELLS[-1]}"
 
