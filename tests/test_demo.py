@@ -6,6 +6,7 @@ import nbformat
 import pandas as pd
 import pytest
 from rich.console import Console
+from transformers import trainer
 
 from tools import demo
 
@@ -35,6 +36,12 @@ def test_the_stages_are_the_sections_with_code(tour):
         ("Fine-tune", 60.0),
         ("Compare", 30.0),
     ]
+
+
+def test_trainings_afterwards_show_nothing(tour):
+    before = list(trainer.DEFAULT_CALLBACKS)
+    demo.run(Console(file=io.StringIO(), force_terminal=False, width=100))
+    assert trainer.DEFAULT_CALLBACKS == before
 
 
 def test_one_line_a_stage_where_the_output_is_no_terminal(tour):

@@ -2,6 +2,7 @@
 import os
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -52,6 +53,15 @@ class Steps(TrainerCallback):
         self.progress.update(self.progress.task_ids[-1], total=state.max_steps, completed=state.global_step)
 
 
+@contextmanager
+def shown(progress: Progress):
+    "Every training in the block shows its steps."
+    steps = Steps(progress)
+    trainer.DEFAULT_CALLBACKS.append(steps)
+    try: yield
+    finally: trainer.DEFAULT_CALLBACKS.remove(steps)
+
+
 def busy() -> float:
     "The fraction of all cores that other processes use now."
     psutil.cpu_percent()
@@ -68,8 +78,7 @@ def run(console: Console) -> dict:
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        trainer.DEFAULT_CALLBACKS.append(Steps(progress))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, shown(progress):
         for number, stage in enumerate(todo, 1):
             left = sum(one.seconds for one in todo[number - 1:]) * (max(spent / planned, 1.0) if planned > 5 else 1.0)
             bar = progress.add_task(f"{number}/{len(todo)} {stage.title}, about {duration(left)} left", total=None)
