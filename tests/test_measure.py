@@ -249,7 +249,7 @@ def test_a_classifier_that_cannot_be_measured(task, change, message):
 @pytest.mark.parametrize("options, message", [
     (dict(split="transfer"), "Split 'transfer' has no labelled rows"),
     (dict(split="holdout"), "Split 'holdout' has no labelled rows"),
-    *[({name: 0}, "nothing to measure") for name in ("repeats", "threads", "calls", "batch_size")],
+    *[({name: 0}, name) for name in ("repeats", "threads", "calls", "batch_size")],
 ])
 def test_options_that_measure_nothing(task, options, message):
     with pytest.raises(EcomoptError, match=message): measure(classifier(), task, **QUICK | options)
