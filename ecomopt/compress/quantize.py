@@ -152,7 +152,7 @@ class Int8Linear(PackedModule):
         out: torch.Tensor | None = None,             # memory to overwrite, also that of `x`
         limits: tuple[float, float] | None = None,   # a range that contains `x`; None: its own
     ) -> tuple[torch.Tensor, float, int]:            # uint8 [..., n]; scale; zero point
-        "Quantize an input by its own range, or by a given one."
+        "Quantize an input by its own range, all texts of the batch together, or by a given one."
         return _quantize_input(x, out, limits)
 
     def integer_matmul(
@@ -190,7 +190,8 @@ def int8_linear(
 ) -> Int8Linear:               # with the same weights, one scale a row
     "Quantize a linear layer."
     bits = getattr(layers[0], "bits", bits)
-    quantized, biases = [_integers(layer, bits) for layer in layers], []
+    quantized = [_integers(layer, bits) for layer in layers]
+    biases = []
     for layer in layers:
         if layer.bias is None: biases.append(torch.zeros(layer.out_features))
         else: biases.append(layer.bias.detach().float())
@@ -270,8 +271,8 @@ _STEP = _Step("quantize", "quantize", "prune_structured", "prepare_qat", "share_
 def _parts(layer: nn.Module) -> dict | None:
     "The parts of an encoder layer that can be computed in integers as a whole."
     first = isinstance(layer, FirstTokenLayer)
-    is_known = type(layer).__name__ in _LAYERS and type(layer).__module__.startswith("transformers.")
-    if not (first or is_known): return None
+    home = type(layer).__module__
+    if not (first or home.startswith("transformers.") and type(layer).__name__ in _LAYERS): return
     if getattr(layer, "is_decoder", False): return None
     if hasattr(layer, "intermediate"):  # BERT
         a, out = layer.attention.self, layer.attention.output
@@ -357,9 +358,10 @@ def quantized_embedding(
 # %% ../../nbs/compress/23_quantize.ipynb #5a02b43b
 def _tables(model: nn.Module, embedding_bits: int, small: bool) -> dict[nn.Module, nn.Module]:
     "The quantized tables of the word embeddings and, if wanted, of all others; tied ones are one."
-    words, tables = getattr(model.get_input_embeddings(), "weight", None), {}
+    words = getattr(model.get_input_embeddings(), "weight", None)
     found = [m for m in model.modules() if _STEP.knows(m, nn.Embedding)]
     found = [m for m in found if small or m.weight is words]
+    tables = {}
     for m in found:
         if m.weight in tables: continue
         tables[m.weight] = quantized_embedding(m, embedding_bits if m.weight is words else 8)
@@ -385,9 +387,8 @@ def _check_classifier(
 ) -> None:
     "Refuse what is no classifier, is quantized already, or has few weights in `nn.Linear`."
     if not isinstance(classifier, Classifier):
-        kind = type(classifier).__name__
-        do = "Pass what finetune or load_model gives."
-        raise EcomoptError(f"{kind} is no classifier.", "argument classifier", do)
+        what = f"{type(classifier).__name__} is no classifier."
+        raise EcomoptError(what, "argument classifier", "Pass what finetune or load_model gives.")
     step.check_order(classifier.model)
     modules = list(classifier.model.modules())
     linear = _matrix_parameters(m for m in modules if step.knows(m, nn.Linear))
@@ -408,20 +409,20 @@ def _new_layers(model: nn.Module, linears: set[nn.Module], bits: int) -> dict[nn
 
 # %% ../../nbs/compress/23_quantize.ipynb #b80daf10
 def quantize(
-    classifier: Classifier,   # with float weights; it is left as it is
+    classifier: Classifier,   # left as it is; subclasses of nn.Linear, nn.Embedding stay in float
     embedding_bits: int = 8,  # of a word embedding's weights, 2…8; small tables have 8
     linear: bool = True,      # False: the word embeddings alone; the rest may still be trained
     *,
     bits: int = 8,            # of other weights, 2…8; a layer trained for some number keeps it
-) -> Classifier:              # a copy, on the CPU; a subclass of nn.Linear or nn.Embedding, and what
-                              # is never called, stays in float; raises if logits are not as expected
+) -> Classifier:              # a copy, on the CPU; its last digits depend on the rest of the batch
     "Quantize linear layers and embeddings to integers (Jacob et al. 2018; Zafrir et al. 2019)."
     _check_bits(bits)
     _check_bits(embedding_bits, "argument embedding_bits")
     _check_classifier(classifier)
     model = _STEP.copy(classifier.model).cpu()
     if linear: model.requires_grad_(False)
-    small, tables = replace(classifier, model=model), _tables(model, embedding_bits, linear)
+    small = replace(classifier, model=model)
+    tables = _tables(model, embedding_bits, linear)
     linears = {m for m in model.modules() if linear and _STEP.knows(m, nn.Linear)}
     functions = {m: table.forward for m, table in tables.items()}
     functions |= {m: partial(_emulate, m, bits) for m in linears}
