@@ -22,7 +22,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from unittest.mock import patch
-from weakref import WeakSet
 
 import numpy as np
 import pandas as pd
@@ -34,6 +33,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #bcd4cfd1
+import ctypes
+from weakref import WeakSet
+
 from .. import EcomoptError
 from ..compress.quantize import Int8Linear, QuantizedEmbedding, quantize
 from ..core.artifact import Rebuildable
@@ -191,13 +193,12 @@ def _open_onnxruntime(files: dict[str, np.ndarray], precision: str, threads: int
 # %% ../../nbs/accelerate/34_runtime.ipynb #c4b520d1
 _creating = _fork_safe_lock()  # held while a session is created
 _opened = WeakSet()  # the models that have a session
-_inherited = []      # sessions of the parent process; to close one could wait for its threads
 
 
 def _forget_sessions() -> None:
-    "A fork copies no threads, so in the new process a runtime is opened again."
+    "A fork copies no threads: the new process opens a runtime again, and never closes the old one."
     for model in list(_opened):
-        _inherited.append(model._session)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model._session))  # closing waits for threads
         model._session = ()
 
 

@@ -314,7 +314,7 @@ def _make(lm: LanguageModel, bits: int) -> LanguageModel:
     if bits < 32:
         graph = _with_kv_cache(_with_quantized_weights(graph, bits))
         converted = _opened(graph, model, bits)
-        _check_same(converted, model, 0.5)
+        _check_same(converted, model, 1)  # few bits change the logits, but not into others
     return replace(lm, model=converted)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #5ac1e042
