@@ -14,17 +14,16 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -86,19 +85,11 @@ _REASONS = {  # error number → why nothing can be written, and what helps
     errno.EROFS: ("the disk is read-only", "Mount it so that it can be written"),
     errno.ENAMETOOLONG: ("a name is too long", "Shorten the name"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "Move that file away"),
+    errno.EEXIST: ("a part of the path is a file, not a folder", "Move that file away"),
     errno.EIO: ("the disk reports a fault", "Check the disk"),
 }
 
 
-def _error_number(error: Exception, folder: Path) -> int | None:
-    "The number of a system error; safetensors has it in its message only, `torch.save` not at all."
-    if isinstance(error, OSError) and error.errno: return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    if found: return int(found[1])
-    is_full = folder.exists() and shutil.disk_usage(folder).free < 2**20
-    return errno.ENOSPC if is_full else None
-
-# %% ../../nbs/core/10_assets.ipynb #198f4781
 def _elsewhere(path: Path) -> str:
     "How to write to another disk, by the place that cannot be written."
     places = {"ECOMOPT_CACHE": cache_dir(), "TMPDIR": Path(os.environ.get("TMPDIR") or "/tmp")}
@@ -108,10 +99,22 @@ def _elsewhere(path: Path) -> str:
             return f"{other}set {variable} to a folder on another disk"
     return "name another path"
 
+# %% ../../nbs/core/10_assets.ipynb #198f4781
+def _error_number(error: Exception, folder: Path) -> int | None:
+    "The number of a system error; safetensors has it in its message only, `torch.save` not at all."
+    if isinstance(error, OSError) and error.errno: return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    if found: return int(found[1])
+    is_full = folder.exists() and shutil.disk_usage(folder).free < 2**20
+    return errno.ENOSPC if is_full else None
+
 
 def _write_error(error: Exception, path: Path) -> EcomoptError:
     "What to tell about a folder that cannot be written."
-    reason, do = _REASONS.get(_error_number(error, path.parent), (str(error), "Mend that"))
+    reason, do = _REASONS.get(
+        _error_number(error, path.parent),
+        (getattr(error, "strerror", None) or str(error), "Correct that"),
+    )
     what = f"This cannot be written: {reason}. Nothing was kept of unfinished work."
     return EcomoptError(what, str(path), f"{do}, or {_elsewhere(path)}.")
 
@@ -119,9 +122,9 @@ def _write_error(error: Exception, path: Path) -> EcomoptError:
 def _is_about(error: Exception, path: Path) -> bool:
     "Whether an error comes from writing to `path`, not from what else a block did."
     if isinstance(error, EcomoptError): return False
-    name = getattr(error, "filename", None)
-    is_near = not name or Path(os.fsdecode(name)).is_relative_to(path.parent)
-    return is_near and _error_number(error, path.parent) in _REASONS
+    if not getattr(error, "filename", None): return _error_number(error, path.parent) in _REASONS
+    place = Path(os.fsdecode(error.filename))
+    return place.is_relative_to(path.parent) or path.is_relative_to(place)
 
 # %% ../../nbs/core/10_assets.ipynb #ffbe7b75
 def _lock(folder: Path, wait: bool) -> int | None:
@@ -137,32 +140,6 @@ def _lock(folder: Path, wait: bool) -> int | None:
     return handle
 
 
-def _scratch_folders(path: Path, suffix: str) -> list[Path]:
-    "The folders of unfinished work on `path`, of all processes, the newest first."
-    pattern = re.escape(f".{path.name[:40]}.") + rf"[0-9a-f]{{8}}\.{suffix}"
-    found = [file for file in path.parent.glob(f".*.{suffix}") if re.fullmatch(pattern, file.name)]
-    return sorted(found, key=lambda folder: folder.lstat().st_mtime, reverse=True)
-
-# %% ../../nbs/core/10_assets.ipynb #743183c7
-def _remove_stale(path: Path) -> None:
-    "Remove the unfinished work on `path` of processes that are dead."
-    for part in _scratch_folders(path, "part"):
-        lock = _lock(part, wait=False)
-        if lock is None: continue
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(lock)
-
-
-def _scratch_folder(path: Path) -> tuple[Path, int | None]:
-    "A new, locked folder beside `path`, and its lock."
-    while True:
-        part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
-        part.mkdir()
-        lock = _lock(part, wait=True)
-        if part.exists(): return part, lock
-        if lock is not None: os.close(lock)  # removed as stale before it was locked
-
-
 def _flush(folder: Path) -> None:
     "Wait until all files are on the disk: after a power cut, a rename may outlive their content."
     for file in folder.rglob("*"):
@@ -170,6 +147,48 @@ def _flush(folder: Path) -> None:
         handle = os.open(file, os.O_RDONLY)
         try: os.fsync(handle)
         finally: os.close(handle)
+
+# %% ../../nbs/core/10_assets.ipynb #743183c7
+def _scratch_folder(path: Path) -> tuple[Path, int | None]:
+    "A new, locked folder beside `path`, and its lock."
+    while True:
+        part = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.part")
+        part.mkdir()
+        lock = _lock(part, wait=True)
+        if part.exists(): return part, lock
+        if lock is not None: os.close(lock)  # removed as stale before it was locked
+
+
+def _scratch_folders(path: Path, suffix: str) -> list[Path]:
+    "The folders of unfinished work on `path`, of all processes."
+    pattern = re.escape(f".{path.name[:40]}.") + rf"[0-9a-f]{{8}}\.{suffix}"
+    return [part for part in path.parent.glob(f".*.{suffix}") if re.fullmatch(pattern, part.name)]
+
+# %% ../../nbs/core/10_assets.ipynb #6ad6f223
+def _give_up(part: Path | None, lock: int | None) -> None:
+    "Remove unfinished work, and release its lock."
+    if part: shutil.rmtree(part, ignore_errors=True)
+    if lock is not None: os.close(lock)
+
+
+def _remove_stale(path: Path) -> None:
+    "Remove the unfinished work on `path` of processes that are dead."
+    for part in _scratch_folders(path, "part"):
+        lock = _lock(part, wait=False)
+        if lock is not None: _give_up(part, lock)
+
+
+def _check_writable(path: Path, size: int = 2**20) -> None:
+    "Raise unless a folder `path` of `size` bytes can be made: before hours of work, not after."
+    path = path.absolute()
+    try:
+        home = next((parent for parent in path.parents if parent.exists()), path)
+        probe, lock = _scratch_folder(home / "probe")
+        try: (probe / path.relative_to(home)).mkdir(parents=True)
+        finally: _give_up(probe, lock)
+        if shutil.disk_usage(home).free < size: raise OSError(errno.ENOSPC, "disk full")
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise _write_error(error, path) from error
 
 # %% ../../nbs/core/10_assets.ipynb #e566139d
 @contextmanager
@@ -190,39 +209,32 @@ def _atomic_folder(
         if not _is_about(error, path): raise
         raise _write_error(error, path) from error
     finally:
-        if part: shutil.rmtree(part, ignore_errors=True)
-        if lock is not None: os.close(lock)
-
-# %% ../../nbs/core/10_assets.ipynb #e5f672c8
-def _user_path(path: str | Path) -> Path:
-    "A path as a user writes it, with `~` for the home folder."
-    try: return Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:
-        what = f"This is not a path: {path!r}."
-        raise EcomoptError(what, "argument path", "Pass the name of a folder.") from error
-
-
-def _check_writable(path: Path, size: int = 2**20) -> None:
-    "Raise unless a folder `path` of `size` bytes can be made: before hours of work, not after."
-    path = path.absolute()
-    try:
-        home = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=home) as probe:
-            Path(probe, path.relative_to(home)).mkdir(parents=True)
-        if shutil.disk_usage(home).free < size: raise OSError(errno.ENOSPC, "disk full")
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise _write_error(error, path) from error
+        _give_up(part, lock)
 
 # %% ../../nbs/core/10_assets.ipynb #1a096ec0
+def _files(folder: Path) -> list[Path]:
+    "All files below a folder, but hidden ones and key.json."
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in files if file.name[0] != "." and file != folder / "key.json"]
+
+
+def _sha256(file: Path) -> str:  # 64 hexadecimal digits
+    with file.open("rb") as content: return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:  # name below the folder → SHA-256
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in _files(folder)}
+
+
 def cache_dir() -> Path:  # $ECOMOPT_CACHE, or ~/.cache/ecomopt
     "The folder that holds fetched assets and finished work; it may be deleted at any time."
     return Path(os.environ.get("ECOMOPT_CACHE") or "~/.cache/ecomopt").expanduser()
 
-
+# %% ../../nbs/core/10_assets.ipynb #c88f9026
 def _once(
     path: Path, build: Callable[[Path], None], fault: Callable[[Path], str | None] | None = None
 ) -> Path:
-    "Build the folder `path` unless it is there without a `fault`; of several processes, one builds."
+    "Build a folder unless it is there without a `fault`; of several processes, one builds."
     try:
         if path.exists() and not (fault and fault(path)): return path  # without a lock
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,36 +251,30 @@ def _once(
     return path
 
 # %% ../../nbs/core/10_assets.ipynb #4d8e8b74
-def _files(folder: Path) -> list[Path]:
-    "All files below a folder, but hidden ones and key.json."
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return [file for file in files if file.name[0] != "." and file != folder / "key.json"]
-
-
-def _sha256(file: Path) -> str:  # 64 hexadecimal digits
-    with file.open("rb") as content: return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _hashes(folder: Path) -> dict[str, str]:  # name below the folder → SHA-256
-    return {file.relative_to(folder).as_posix(): _sha256(file) for file in _files(folder)}
-
-
 _checked: dict[Path, list] = {}  # finished folder → its files, as they were when they were hashed
 
 
 def _cache_fault(about: dict, folder: Path) -> str | None:
     "What is wrong with a finished folder of the cache; hashed again only if its files changed."
-    stats = [(str(file), file.stat()) for file in [*_files(folder), folder / "key.json"] if file.exists()]
-    state = [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
+    stats = {str(file): file.stat() for file in [*_files(folder), *folder.glob("key.json")]}
+    state = [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats.items()]
     if _checked.get(folder) == state: return None
-    try: found = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return "has no key.json that can be read"
-    if not isinstance(found, dict): return "has no key.json that can be read"
+    try: found = dict(json.loads((folder / "key.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError): return "has no readable key.json"
     hashes = found.pop("files", None)  # None: made by an earlier version
     if found != about: return "has another key"
     if hashes is not None and hashes != _hashes(folder): return "has damaged files"
-    _checked[folder] = state
+    is_old = all(s.st_mtime < time.time() - 2 for s in stats.values())
+    if is_old: _checked[folder] = state  # so that a later change has another time
     return None
+
+
+def _user_path(path: str | Path) -> Path:
+    "A path as a user writes it, with `~` for the home folder."
+    try: found = Path(path).expanduser()
+    except (TypeError, RuntimeError): found = None
+    if found and "\0" not in str(found): return found
+    raise EcomoptError(f"This is not a path: {path!r}.", "argument path", "Name a folder.")
 
 # %% ../../nbs/core/10_assets.ipynb #35c11258
 def cached(
