@@ -99,7 +99,7 @@ class Tuner(RandomSearch):
 
     def _choose_initial_points(self, n: int, warm_start: Sequence[Trial]) -> list[dict]:
         "Up to a half are the best of an earlier task, the others a Latin hypercube."
-        trials = list(warm_start) if isinstance(warm_start, Iterable) else [warm_start]
+        trials = list(warm_start) if isinstance(warm_start, Iterable) else [None]
         if not all(isinstance(trial, Trial) for trial in trials):
             what = "warm_start is no list of trials."
             raise EcomoptError(what, "Tuner", "Give what `search` returned.")
