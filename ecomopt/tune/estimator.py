@@ -67,8 +67,12 @@ def _labels(y: Iterable) -> np.ndarray:
         what = "This estimator requires y to be passed, but the target y is None."
         raise TextInputError(what, "y", "Pass a label for each text.")
     is_array = hasattr(y, "ndim")
-    try: labels = column_or_1d(np.asarray(y) if is_array else np.array(_rows(y, "y"), object), warn=True)
-    except TextInputError: raise
+    try:
+        labels = column_or_1d(
+            np.asarray(y) if is_array else np.array(_rows(y, "y"), object), warn=True
+        )
+    except TextInputError:
+        raise
     except ValueError as error:
         raise TextInputError(f"{error}", "y", "Pass a label for each text.") from error
     kinds = list(map(_kind, labels))
