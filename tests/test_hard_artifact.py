@@ -1,8 +1,10 @@
 """Saving and loading under stress: kills, other processes, bad disks, bad numbers, torn and generated manifests."""
 import copy
 import errno
+import importlib
 import json
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -17,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ecomopt
 from ecomopt import EcomoptError, load, save
 from ecomopt.compress.quantize import quantize
 from ecomopt.compress.structured import prune_structured
@@ -116,104 +119,116 @@ def test_an_error_while_saving_leaves_the_old_model(path, monkeypatch, name):
 # processes that are killed, and several at once
 
 PROCESSES = """
-import os, random, signal, sys, time
-sys.path.insert(0, os.path.dirname(os.environ["TINY"]))
-import torch, tiny
+import json, os, random, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+import tiny
 from pathlib import Path
-from ecomopt import EcomoptError, load, save
+from ecomopt import load, save
 from ecomopt.core import artifact
 from ecomopt.core.train import fingerprint
-torch.set_num_threads(1)
 models = [tiny.classifier(seed, layers=1, hidden=16) for seed in range(3)]
 marks = [fingerprint(model) for model in models]
-folder = Path(sys.argv[1])
-if sys.argv[2:] == ["renames"]: artifact._exchange = lambda one, other: False
+exchange = artifact._exchange
 
 def start(work):
     child = os.fork()
     if child: return child
     try: work()
     except BaseException as error:
-        print(repr(error), flush=True)
+        print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
-def wait(child): return os.waitpid(child, 0)[1]
-"""
-
-KILLS = PROCESSES + """
 def kill(work, most):
     child = start(work)
     time.sleep(random.random() * most)
     os.kill(child, signal.SIGKILL)
-    wait(child)
+    os.waitpid(child, 0)
 
-def again():
-    for i in range(1000): save(models[i % 2], folder / "old")
+def save_again(path, times, pause=0, first=0):
+    for i in range(times):
+        save(models[(first + i) % 3], path)
+        time.sleep(pause)
 
-begun = time.perf_counter()
-save(models[0], folder / "old")
-most = 2 * (time.perf_counter() - begun)
+def replaced(folder, kills, most):
+    "How many kills while an artifact is replaced lose it, and what is left in its folder in the end."
+    save(models[0], folder / "model")
+    lost = 0
+    for _ in range(kills):
+        kill(lambda: save_again(folder / "model", 1000), 3 * most)
+        lost += fingerprint(load(folder / "model")) not in marks
+    save(models[1], folder / "model")
+    return lost, os.listdir(folder)
+
+def new(folder, kills, most):
+    "How many kills of a first save leave something else than nothing or a model, and how many were in time."
+    paths, lost = [folder / str(i) for i in range(kills)], 0
+    for path in paths:
+        kill(lambda: save(models[0], path), 2 * most)
+        if path.exists(): lost += fingerprint(load(path)) != marks[0]
+    return lost, sum(path.exists() for path in paths)
+
+def together(folder):
+    "The exit codes of three processes that save to one path, what is in its folder, and whether it is a model."
+    children = [start(lambda i=i: save_again(folder / "model", 10, first=i)) for i in range(3)]
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    return codes, os.listdir(folder), fingerprint(load(folder / "model")) in marks
+
+def read(folder):
+    "How often a model was loaded while others were saved, and how often it was none of them."
+    save(models[0], folder / "model")
+    child, wrong, reads = start(lambda: save_again(folder / "model", 12, 0.03)), 0, 0
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        wrong += fingerprint(load(folder / "model")) not in marks
+        reads += 1
+    return wrong, reads
+
+def folder(name):
+    (Path(sys.argv[1]) / name).mkdir()
+    return Path(sys.argv[1]) / name
+
 random.seed(0)
-lost = []
-for i in range(60):
-    kill(again, 3 * most)
-    if fingerprint(load(folder / "old")) not in marks[:2]: lost.append(i)
-for i in range(60):
-    path = folder / f"new{i}"
-    kill(lambda: save(models[0], path), most)
-    if path.exists() and fingerprint(load(path)) != marks[0]: lost.append(path)
-save(models[1], folder / "old")
-left = [name for name in os.listdir(folder) if name.startswith(".old.")]
-print(lost, left, sum((folder / f"new{i}").exists() for i in range(60)))
-"""
-
-TOGETHER = PROCESSES + """
-def saves(i):
-    for _ in range(10): save(models[i], folder / "model")
-
-children = [start(lambda i=i: saves(i)) for i in range(3)]
-time.sleep(0.1)
-print([wait(child) for child in children], os.listdir(folder), fingerprint(load(folder / "model")) in marks)
-"""
-
-READING = PROCESSES + """
-def saves():
-    for i in range(30):
-        save(models[i % 3], folder / "model")
-        time.sleep(0.05)
-
-save(models[0], folder / "model")
-child, wrong, reads = start(saves), [], 0
-while os.waitpid(child, os.WNOHANG) == (0, 0):
-    if fingerprint(load(folder / "model")) not in marks: wrong.append(reads)
-    reads += 1
-print(wrong, reads > 5)
+begun = time.perf_counter()
+save_again(folder("first") / "model", 5)
+most, found = (time.perf_counter() - begun) / 5, {}
+for how, kills in ("exchange", 60), ("renames", 10):
+    artifact._exchange = exchange if how == "exchange" else lambda one, other: False
+    found |= {f"replaced {how}": replaced(folder(f"replaced {how}"), kills, most)}
+    found |= {f"together {how}": together(folder(f"together {how}"))}
+    found |= {f"read {how}": read(folder(f"read {how}"))}
+found["new"] = new(folder("new"), 60, most)
+print(json.dumps(found))
 """
 
 
-def run(code, *arguments):
-    env = {**os.environ, "TINY": str(Path(tiny.__file__)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What came of processes that were killed, or worked at the same time; all are forked from one."""
+    command = [sys.executable, "-c", PROCESSES, tmp_path_factory.mktemp("processes"), Path(tiny.__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("how", ["exchange", "renames"])
-def test_a_killed_process_leaves_the_old_model_or_the_new(tmp_path, how):
-    lost, left, finished = run(KILLS, tmp_path, how).rsplit("\n")[-1].rsplit(" ", 2)
-    assert (lost, left) == ("[]", "[]")
-    assert 0 < int(finished) < 60  # some were killed before the end, some after
+def test_a_process_that_is_killed_leaves_the_old_model_or_the_new(processes, how):
+    assert processes[f"replaced {how}"] == [0, ["model"]]
+
+
+def test_a_process_that_is_killed_in_its_first_save_leaves_nothing_or_the_model(processes):
+    lost, finished = processes["new"]
+    assert lost == 0 and 0 < finished < 60  # some were killed before the end, some after it
 
 
 @pytest.mark.parametrize("how", ["exchange", "renames"])
-def test_of_three_processes_that_save_to_one_path_each_leaves_a_whole_model(tmp_path, how):
-    assert run(TOGETHER, tmp_path, how) == "[0, 0, 0] ['model'] True"
+def test_of_three_processes_that_save_to_one_path_one_wins(processes, how):
+    assert processes[f"together {how}"] == [[0, 0, 0], ["model"], True]
 
 
-def test_a_process_that_loads_while_another_saves_gets_one_of_the_models(tmp_path):
-    assert run(READING, tmp_path) == "[] True"
+@pytest.mark.parametrize("how", ["exchange", "renames"])
+def test_a_process_that_loads_while_another_saves_gets_one_of_the_models(processes, how):
+    wrong, reads = processes[f"read {how}"]
+    assert wrong == 0 and reads > 5
 
 
 def test_threads_can_save_to_one_path(tmp_path):
@@ -311,18 +326,15 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, change, text):
 
 
 def test_every_module_that_can_be_rebuilt_is_listed():
-    import importlib
-    import pkgutil
-
-    import ecomopt
     for module in pkgutil.walk_packages(ecomopt.__path__, "ecomopt."): importlib.import_module(module.name)
 
     def below(cls): return {cls}.union(*map(below, cls.__subclasses__()))
 
     listed = {f"{module}.{name}" for module, all_names in artifact._CLASSES.items() for name in all_names.split()}
     ours = {f"{cls.__module__}.{cls.__qualname__}" for cls in below(artifact.Rebuildable)}
-    bases = {"Rebuildable", "PackedModule", "_Shared", "ConvertedModel", "RuntimeFiles"}
-    assert {name for name in ours if name.startswith("ecomopt.") and name.split(".")[-1] not in bases} == listed
+    bases = {"Rebuildable", "PackedModule", "ConvertedModel", "RuntimeFiles"}
+    public = {name for name in ours if name.startswith("ecomopt.") and not name.split(".")[-1].startswith("_")}
+    assert {name for name in public if name.split(".")[-1] not in bases} == listed
 
 
 # a target is looked at before a training

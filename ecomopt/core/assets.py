@@ -182,12 +182,13 @@ def _check_writable(path: Path, size: int = 2**20) -> None:
     "Raise unless a folder `path` of `size` bytes can be made: before hours of work, not after."
     path = path.absolute()
     try:
-        home = next((parent for parent in path.parents if parent.exists()), path)
-        probe, lock = _scratch_folder(home / "probe")
-        try: (probe / path.relative_to(home)).mkdir(parents=True)
+        first = next(part for part in [path, *path.parents] if part.parent.exists())
+        _remove_stale(first)
+        probe, lock = _scratch_folder(first)
+        try: (probe / path.relative_to(first.parent)).mkdir(parents=True, exist_ok=True)
         finally: _give_up(probe, lock)
-        if shutil.disk_usage(home).free < size: raise OSError(errno.ENOSPC, "disk full")
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        if shutil.disk_usage(first.parent).free < size: raise OSError(errno.ENOSPC, "disk full")
+    except OSError as error:
         raise _write_error(error, path) from error
 
 # %% ../../nbs/core/10_assets.ipynb #e566139d
