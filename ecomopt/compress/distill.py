@@ -333,10 +333,12 @@ from ecomopt.core.train import (
 def teacher_logits(
     teacher: Classifier,   # the model that computes them
     texts: Sequence[str],  # any number of texts
-    bf16: bool = False,    # compute in bfloat16, as a training in bfloat16 would
+    bf16: bool = False,    # compute in bfloat16, as a training would; a teacher in integers cannot
 ) -> torch.Tensor:         # [len(texts), C], float32
     "Compute the teacher's logits, or read them from the cache."
     device = teacher.model.device.type
+    types = {tensor.dtype for tensor in teacher.model.state_dict().values()}
+    bf16 = bf16 and types.isdisjoint({torch.int8, torch.uint8})
     def compute(directory):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             save_file({"logits": teacher.logits(texts)}, directory / "logits.safetensors")
@@ -388,7 +390,8 @@ def _trainable_copy(student: Classifier) -> Classifier:
     "A copy without dropout and with frozen word embeddings."
     model = copy.deepcopy(student.model).float().requires_grad_(True)
     for name, module in model.named_modules():
-        if hasattr(module, "spec") and not any(p.requires_grad for p in module.parameters()):
+        if module is model.get_input_embeddings() or not hasattr(module, "spec"): continue
+        if not any(p.requires_grad for p in module.parameters()):
             what = f"The student's {name} is a {type(module).__name__}: it has nothing to train."
             do = "Distill the float model, and quantize or convert the result."
             raise EcomoptError(what, "distill", do)

@@ -126,9 +126,14 @@ def _check_classifier(classifier: object, argument: str) -> None:
     raise EcomoptError(what, f"argument {argument}", do)
 
 # %% ../../nbs/core/12_train.ipynb #00ad1ed7
+def _known_models() -> list[str]:
+    "The assets that are models."
+    return [name for name, asset in ASSETS.items() if asset.kind == "model"]
+
+
 def _model_path(name: str | Path) -> str | Path:
     "Where to look for a model: an asset, a directory, or a hub id."
-    models = [asset for asset in ASSETS if ASSETS[asset].kind == "model"]
+    models = _known_models()
     if name in models: return fetch(name)
     if isinstance(name, str) and not name.startswith((".", "/", "~")):
         near = difflib.get_close_matches(name, models, n=1, cutoff=0.75)
@@ -169,7 +174,7 @@ def load_model(
         raise EcomoptError(
             f"The model cannot be loaded: {_first_line(error)}",
             f"model {str(name)!r}",
-            "Name an asset (ecomopt assets), a directory with safetensors, or a hub id.",
+            f"Name one of {', '.join(_known_models())}, a directory with safetensors, or a hub id.",
         ) from error
     _give_pad_token(model, tokenizer)
     classifier = Classifier(model, tokenizer, max_length)
