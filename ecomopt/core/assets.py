@@ -149,6 +149,11 @@ def _flush(folder: Path) -> None:
         finally: os.close(handle)
 
 # %% ../../nbs/core/10_assets.ipynb #743183c7
+def cache_dir() -> Path:  # $ECOMOPT_CACHE, or ~/.cache/ecomopt
+    "The folder that holds fetched assets and finished work; it may be deleted at any time."
+    return Path(os.environ.get("ECOMOPT_CACHE") or "~/.cache/ecomopt").expanduser()
+
+
 def _scratch_folder(path: Path) -> tuple[Path, int | None]:
     "A new, locked folder beside `path`, and its lock."
     while True:
@@ -225,11 +230,6 @@ def _sha256(file: Path) -> str:  # 64 hexadecimal digits
 
 def _hashes(folder: Path) -> dict[str, str]:  # name below the folder → SHA-256
     return {file.relative_to(folder).as_posix(): _sha256(file) for file in _files(folder)}
-
-
-def cache_dir() -> Path:  # $ECOMOPT_CACHE, or ~/.cache/ecomopt
-    "The folder that holds fetched assets and finished work; it may be deleted at any time."
-    return Path(os.environ.get("ECOMOPT_CACHE") or "~/.cache/ecomopt").expanduser()
 
 # %% ../../nbs/core/10_assets.ipynb #c88f9026
 def _once(
