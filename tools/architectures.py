@@ -68,7 +68,8 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "BART": ("bart", dict(d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
                           decoder_attention_heads=HEADS, encoder_ffn_dim=2 * WIDTH, decoder_ffn_dim=2 * WIDTH,
                           max_position_embeddings=POSITIONS)),
-    "T5": ("t5", dict(d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=LAYERS, num_heads=HEADS)),
+    "T5": ("t5", dict(d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=LAYERS, num_heads=HEADS,
+                      decoder_start_token_id=0)),
 }
 
 

@@ -105,7 +105,7 @@ def _tokenizer_fault(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     vocabulary = tokenizer.get_vocab()
     if not vocabulary.keys() - set(tokenizer.all_special_tokens):
         return "The tokenizer knows no words: its vocabulary holds special tokens alone."
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
     highest = max(vocabulary.values())
     if rows is not None and highest >= rows:
         return f"The tokenizer has the token {highest}, and the model {rows} embeddings."
