@@ -35,7 +35,7 @@ TEXTS = ["good", "the battery is very good", "a phone a phone works and the scre
 SIZE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
 T5 = dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, initializer_factor=1.0)
 BART = dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=64, init_std=0.2)
+    encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=200, init_std=0.2)
 GEMMA = dict(num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16)
 OTHERS = {  # model type and what its configuration needs
     "albert": dict(embedding_size=64),
@@ -104,7 +104,8 @@ NEAR = {  # steps that may only round: how far the logits may move, as a fractio
 def near_or_refused(classifier: Classifier, step: str) -> Classifier | None:
     """The result, if there is one: it is near the float model, and can be saved and loaded."""
     work, bound = NEAR[step]
-    before, expected = state(classifier), classifier.logits(TEXTS)
+    expected = classifier.logits(TEXTS)  # a table with max_norm changes at the first use
+    before = state(classifier)
     try: small = work(classifier)
     except EcomoptError as refused:
         assert "unsupported architecture" in str(refused) or "no list of" in str(refused)
@@ -281,20 +282,23 @@ def test_a_model_with_weights_that_are_not_finite_is_refused():
 
 # language models
 
-CAUSAL = {"gemma": {}, "gemma2": {}, "llama": {}, "qwen2": {}, "mistral": {}, "gpt_neox": {}, "opt": dict(ffn_dim=96)}
+KEYS = dict(num_key_value_heads=2, head_dim=16)
+CAUSAL = {"gemma": KEYS, "gemma2": GEMMA, "llama": KEYS, "qwen2": KEYS, "mistral": KEYS, "gpt_neox": {},
+    "opt": dict(ffn_dim=96, word_embed_proj_dim=64)}
 
 
 def causal(kind: str, **others) -> LanguageModel:
     torch.manual_seed(0)
     words = tiny.language_model().tokenizer
-    options = OTHERS.get(kind, {}) | CAUSAL[kind] | SIZE | dict(max_position_embeddings=64, initializer_range=0.15)
+    options = CAUSAL[kind] | SIZE | dict(max_position_embeddings=64, initializer_range=0.15)
     config = AutoConfig.for_model(kind, vocab_size=len(words), **ENDS, **options | others)
     return LanguageModel(AutoModelForCausalLM.from_config(config).eval(), words)
 
 
 @torch.inference_mode()
 def next_logits(lm: LanguageModel) -> torch.Tensor:
-    return torch.cat([lm.model(torch.tensor(ids)[None]).logits[0] for ids in lm.encode(TEXTS)])
+    rows = tiny.language_model().encode(TEXTS)
+    return torch.cat([lm.model(torch.tensor(ids)[None]).logits[0] for ids in rows])
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -360,7 +364,7 @@ WORKS = {  # what each step can follow
     "prune": FLOAT | {"int8 words", "shared words", "qat"},
     "prepare_qat": FLOAT | {"int8 words", "shared words"},
     "share_weights": FLOAT,
-    "share_weights, layers": FLOAT | {"shared words"},
+    "share_weights, layers": FLOAT | {"int8 words", "shared words"},
     "quantize": FLOAT | {"int8 words", "shared words", "shared", "qat"},
     "quantize, words": FLOAT | {"qat"},
     "codebooks_to_int8": {"shared"},
@@ -406,7 +410,7 @@ def test_sparsity_and_masks_of_a_changed_model_are_refused(changed, kind):
 ])
 def test_a_language_model_is_quantized_once_and_before_it_is_converted(make):
     lm = make(tiny.language_model())
-    with pytest.raises(EcomoptError, match="already.*as it was before"): quantize_language_model(lm)
+    with pytest.raises(EcomoptError, match=r"already.\n.*\n.*as it was before"): quantize_language_model(lm)
     with pytest.raises(EcomoptError, match="nothing to prune"): prune_structured(lm, neurons=5)
 
 
@@ -453,8 +457,9 @@ def test_language_models_in_another_precision_are_converted(dtype, bits):
 # texts
 
 @pytest.mark.parametrize("texts, what", [
-    ([], "no calibration texts"), ("good", "no calibration texts"), (["good", None], "row 1 is None"),
-    ([1.5], "row 0 is 1.5"), (["a", "b", float("nan")], "row 2 is nan"), (iter([]), "no calibration texts"),
+    ([], "no calibration texts"), ("good", "no calibration texts"), (["good", None], "row 1 is of type NoneType"),
+    ([1.5], "row 0 is of type float"), (["a", "b", float("nan")], "row 2 is of type float"),
+    (iter([]), "no calibration texts"),
 ])
 def test_rows_that_are_no_texts_are_named(changed, texts, what):
     with pytest.raises(EcomoptError, match=what): calibrate(changed("int8"), texts)

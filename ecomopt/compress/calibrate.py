@@ -174,5 +174,5 @@ def calibrate(
     for name, histogram in activation_histograms(static, texts).items():
         limits = static_range(histogram, method, percentile)
         static.model.set_submodule(name, _to_static(static.model.get_submodule(name), limits))
-    _STEP.logits(static, "after calibrate")
+    _STEP.logits(static, "after")
     return static

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .. import EcomoptError
 from .distill import transformer_layers
 from ..core.artifact import Rebuildable
+from ..core.checks import _first_line, _text_rows
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/21_prune.ipynb #b477d008
@@ -70,10 +71,11 @@ class _Step:
     def check_texts(self, texts: Iterable[str], what: str) -> list[str]:
         "The texts as a list; raises `what` if there are none, or a row is no text."
         do = "Pass a list of texts, like those that will be classified."
-        texts = [] if isinstance(texts, str) else list(texts)
-        wrong = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-        if texts and not wrong: return texts
-        if wrong: what = f"{what}: row {wrong[0]} is {texts[wrong[0]]!r}"
+        try: rows = _text_rows(texts)
+        except EcomoptError as error:
+            what = f"{what}: {error.what[0].lower()}{error.what[1:]}"
+            raise EcomoptError(what, "argument texts", do) from error
+        if rows: return rows
         raise EcomoptError(f"{what}.", "argument texts", do)
 
     @staticmethod
@@ -94,8 +96,12 @@ class _Step:
     @staticmethod
     def to_float(model: PreTrainedModel) -> PreTrainedModel:
         "Convert a model to float32, in place; what this library packed stays as it is."
-        for p in model.parameters():
-            if p.is_floating_point(): p.data = p.data.float()
+        for name, p in model.named_parameters():
+            if not p.is_floating_point(): continue
+            p.data = p.data.float()
+            if p.isfinite().all(): continue
+            do = "Train or load the model again."
+            raise EcomoptError(f"The weights {name} are not finite.", type(model).__name__, do)
         for module in model.modules():
             if isinstance(module, Rebuildable): continue
             for name, x in list(module.named_buffers(recurse=False)):
@@ -124,8 +130,7 @@ class _Step:
     def logits(
         self, model: Classifier, when: str, texts: Iterable[str] = ()
     ) -> torch.Tensor | None:
-        "Logits of a few texts; None without a tokenizer, or if it finds no tokens in them."
-        if model.tokenizer is None: return None
+        "Logits of a few texts; None if the tokenizer finds no tokens in them."
         texts = list(texts)[:4] or list(self.probe)
         try:
             ids = [row for row in model.encode(texts) if row]
@@ -136,12 +141,13 @@ class _Step:
             else:
                 row = torch.tensor([max(ids, key=len)], device=model.model.device)
                 logits = model.model(row, use_cache=False).logits.float()
-        except EcomoptError: raise
+                logits = logits[..., row[0]]  # of these tokens alone: a vocabulary may shrink
+            if logits.isfinite().all(): return logits
+            raise EcomoptError("The logits are not finite.", "the model", "Look for NaN.")
         except Exception as error:
-            why = f"{when} it fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if when == "before" and isinstance(error, EcomoptError): raise
+            why = f"{when} {self.name} it fails: {type(error).__name__}: {_first_line(error)}"
             raise self.refuse(model, why) from error
-        if logits.isfinite().all(): return logits
-        raise self.refuse(model, f"{when} its logits are not finite")
 
     def expected(
         self, model: Classifier, functions: dict[nn.Module, Callable]
@@ -154,10 +160,12 @@ class _Step:
             return functions[module](*args, **kwargs)
 
         for module in functions: module.forward = partial(call, module)
-        try: logits = self.logits(model, f"before {self.name}")
+        try: logits = self.logits(model, "before")
         finally:
             for module in functions: del module.forward
-        called = called if logits is not None else set(functions)
+        if logits is None: called = set(functions)
+        weights = {m.weight for m in called}  # what is tied to them changes with them
+        called |= {m for m in functions if m.weight in weights}
         if called: return logits, called
         raise self.refuse(model, f"there is nothing to {self.verb} that is understood")
 
@@ -169,7 +177,7 @@ class _Step:
         texts: Iterable[str] = (),      # those of `expected`
     ) -> Classifier:                    # the same copy
         "Raise unless the logits are the expected ones."
-        logits = self.logits(model, f"after {self.name}", texts)
+        logits = self.logits(model, "after", texts)
         if logits is None or expected is None: return model
         error = ((logits - expected).norm() / expected.norm().clamp(min=1e-3)).item()
         if error <= tolerance: return model
@@ -279,7 +287,7 @@ def prune(
     pruned = replace(classifier, model=_PRUNE.copy(classifier.model))
     linears = prunable_layers(pruned.model)
     _apply(linears, pruning_masks(linears, sparsity, scope, importance, seed))
-    _PRUNE.logits(pruned, "after prune")
+    _PRUNE.logits(pruned, "after")
     return pruned
 
 # %% ../../nbs/compress/21_prune.ipynb #5a09d4f5

@@ -390,7 +390,7 @@ def codebooks_to_int8(
             "Pass what share_weights gave.",
         )
     quantized = quantize(shared)
-    expected = _STEP.logits(quantized, "after quantize")
+    expected = _STEP.logits(quantized, "before")
     left = {name for name, m in quantized.model.named_modules() if isinstance(m, nn.Linear)}
     both = [(name, m) for name, m in shared.model.named_modules() if isinstance(m, nn.Linear)]
     layers = iter([m for name, m in both if name not in left])

@@ -27,7 +27,7 @@ from .prune import _Step
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.generate import LanguageModel
-from ..core.train import Classifier
+from ..core.train import Classifier, _token_ids
 
 # %% ../../nbs/compress/22_structured.ipynb #27e923da
 _PARTS = {
@@ -243,9 +243,9 @@ def _trim_vocabulary(classifier: Classifier, texts: list[str]) -> Classifier:
     model, before = classifier.model, classifier.encode(texts)
     used = {i for row in before for i in row}
     tokenizer, ids = _trim_tokenizer(classifier.tokenizer, used)
-    small = replace(classifier, tokenizer=tokenizer)
     new = {old: i for i, old in enumerate(ids)}
-    if small.encode(texts) != [[new[i] for i in row] for row in before]:
+    after = _token_ids(tokenizer, texts, classifier.max_length)
+    if after != [[new[i] for i in row] for row in before]:
         what = "The trimmed tokenizer tokenizes the texts in another way."
         raise EcomoptError(what, type(tokenizer).__name__, "Leave texts out.")
     special = _special_tokens(model)
@@ -257,7 +257,7 @@ def _trim_vocabulary(classifier: Classifier, texts: list[str]) -> Classifier:
     model.get_input_embeddings().padding_idx = new.get(padding)
     for config, name, i in special:
         setattr(config, name, [new[j] for j in i] if isinstance(i, list) else new.get(i))
-    return small
+    return replace(classifier, tokenizer=tokenizer)
 
 # %% ../../nbs/compress/22_structured.ipynb #e5ca1e7e
 _STEP = _Step("prune_structured", "prune", "prune_structured")
@@ -376,7 +376,7 @@ def prune_structured(
     plan = _plan(classifier.model, kept, heads=heads, neurons=neurons)
     small = keep_layers(classifier, kept)
     keeps = _keep_important(small, plan, importance, task, seed)
-    expected = _STEP.logits(small, "before prune_structured", texts)
+    expected = _STEP.logits(small, "before", texts)
     _remove_units(small.model, plan, keeps)
     if texts: small = _trim_vocabulary(small, texts)
     stack = transformer_layers(small.model)
