@@ -190,6 +190,12 @@ def test_kernels_of_the_hub_are_not_asked_for(path, key):
     assert torch.equal(again.logits(["good"]), MODEL.logits(["good"]))
 
 
+def test_kernels_of_the_hub_are_not_asked_for_by_a_part_of_a_configuration():
+    parts = dict(text_config=dict(attn_implementation="someone/evil-kernel"), auto_map=AUTO)
+    config = artifact._config(json.dumps(dict(model_type="gemma3", **parts)).encode(), {"a": torch.ones(300_000)})
+    assert config.text_config._attn_implementation is None and not hasattr(config, "auto_map")
+
+
 @pytest.mark.parametrize(
     "name",
     ["os.system", "ecomopt.core.artifact.load", "ecomopt.core.assets.fetch", "ecomopt.compress.quantize._replace",
@@ -437,4 +443,4 @@ def test_good_artifacts_are_far_from_the_limits(monkeypatch, path, int8, shared)
 
     monkeypatch.setattr(artifact, "_Limited", Watched)
     for good in (path, int8, shared): load(good)
-    assert all(operations > 19_000 and size > 2**29 for operations, size in left)
+    assert all(operations > 10_000 and size > 2**29 for operations, size in left)

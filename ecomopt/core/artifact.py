@@ -360,7 +360,7 @@ class _Limited(TorchDispatchMode):
     def __init__(self, tensors: dict[str, torch.Tensor]):
         super().__init__()
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self.operations, self.bytes = 20_000 + 200 * len(tensors), 2**30 + 64 * size
+        self.operations, self.bytes = 10_000 + 200 * len(tensors), 2**30 + 64 * size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -389,12 +389,16 @@ def _check_numbers(name: str, value: object, limits: dict[str, int]) -> None:
 _CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
 
 
+def _without_code(data: dict) -> dict:
+    return {name: value for name, value in data.items() if name not in _CODE}
+
+
 def _config(content: bytes, tensors: dict[str, torch.Tensor]) -> PreTrainedConfig:
     "The configuration of a model of `transformers`; code of the artifact's own is never run."
     widest = max((n for tensor in tensors.values() for n in tensor.shape), default=0)
     total = sum(tensor.numel() for tensor in tensors.values())
     limits = {"layer": max(1000, len(tensors)), "label": max(1000, widest), "": max(2**24, total)}
-    data = {name: value for name, value in json.loads(content).items() if name not in _CODE}
+    data = json.loads(content, object_hook=_without_code)
     if data.get("model_type") not in CONFIG_MAPPING:
         kind = reprlib.repr(data.get("model_type"))
         raise ValueError(f"transformers has no model type {kind}, and code of others is not run")
