@@ -330,12 +330,15 @@ def _check(lm: LanguageModel, bits: int) -> int:
         what = "The model is quantized or converted already."
         do = "Pass the float model; bits=4 and bits=8 quantize it."
         raise EcomoptError(what, "convert_language_model", do)
-    window = getattr(lm.model.config, "sliding_window", None)
-    if window and window < lm.model.config.max_position_embeddings:
-        what = f"{type(lm.model).__name__} attends to the last {window} tokens alone."
-        do = "Use quantize_language_model, which stays in PyTorch."
-        raise EcomoptError(what, "convert_language_model", do)
-    return int(bits)
+    config, name = lm.model.config, type(lm.model).__name__
+    window = getattr(config, "sliding_window", None)
+    what = None
+    if not hasattr(config, "num_key_value_heads"): what = f"{name} is not built like LLaMA."
+    elif window and window < config.max_position_embeddings:
+        what = f"{name} attends to the last {window} tokens alone."
+    if not what: return int(bits)
+    do = "Use quantize_language_model, which stays in PyTorch."
+    raise EcomoptError(what, "convert_language_model", do)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2604544f
 def convert_language_model(
