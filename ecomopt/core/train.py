@@ -364,10 +364,7 @@ class _BestEpoch(TrainerCallback):
     def __init__(self, classifier: Classifier, task: Task):
         self.classifier, self.task = classifier, task
 
-    def spec(self) -> dict:
-        metric, valid = self.task.metric, self.task.valid
-        name = getattr(metric, "__qualname__", str(metric))
-        return dict(metric=name, valid=_digest([valid["text"][:], valid["label"][:]]))
+    def spec(self) -> dict: return dict(task=self.task.fingerprint)  # its metric and valid split
 
     def _file(self, args) -> Path: return Path(args.output_dir, "best.safetensors")
 
