@@ -238,7 +238,7 @@ def quantize_language_model(
     lm: LanguageModel,  # with float weights; it is left as it is
     bits: int = 8,      # of a weight of the layers: 8, or 4; embedding and head have 8
     group: int = 32,    # with 4 bits: neighbours in a row that share a scale
-) -> LanguageModel:     # a copy, on the CPU
+) -> LanguageModel:     # a copy, on the CPU; logits depend on the padding, not on other texts
     "Quantize the weights, not the activations (Frantar et al. 2023; Dettmers & Zettlemoyer 2023)."
     _check(lm, bits, group)
     model = _STEP.copy(lm.model).cpu().requires_grad_(False)
