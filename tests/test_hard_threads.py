@@ -1,10 +1,12 @@
 """Models answer right in many threads at once, and in a process that was forked after they were used."""
 import copy
 import functools
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -24,6 +26,7 @@ from ecomopt import (
     save,
     share_weights,
 )
+from ecomopt.accelerate import runtime
 from ecomopt.core.generate import losses
 
 WORDS = tiny.WORDS
@@ -148,6 +151,16 @@ def test_chats_and_plain_texts_in_threads():
     calls = [(text, chat) for text in TEXTS for chat in (True, False)]
     wanted = [lm.encode([text], chat) for text, chat in calls]
     assert in_threads(lambda call: lm.encode([call[0]], call[1]), calls * 8) == wanted * 8
+
+
+def test_conversions_in_threads_leave_the_process_as_it_was(monkeypatch):
+    """Output, logging and environment are the process's: to silence two conversions at once could silence it."""
+    seconds = iter([0.05, 0.1, 0.2, 0.3])  # the first to begin ends first
+    monkeypatch.setattr(runtime, "_make", lambda *arguments: time.sleep(next(seconds)))
+    def state(): return sys.stdout, logging.root.manager.disable, dict(os.environ), warnings.filters[:]
+    before = state()
+    in_threads(lambda _: convert(small(), "eager", "float32"), range(4))
+    assert state() == before
 
 
 # ---------------------------------------------------------------- forks

@@ -192,11 +192,14 @@ def _open_onnxruntime(files: dict[str, np.ndarray], precision: str, threads: int
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #c4b520d1
 _creating = _fork_safe_lock()  # held while a session is created
-_opened = WeakSet()  # the models that have a session
+_converting = Lock()  # held while a model is converted: what is silenced is the process's
+_opened = WeakSet()   # the models that have a session
 
 
 def _forget_sessions() -> None:
     "A fork copies no threads: the new process opens a runtime again, and never closes the old one."
+    global _converting
+    _converting = Lock()
     for model in list(_opened):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(model._session))  # closing waits for threads
         model._session = ()
@@ -483,16 +486,17 @@ def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     "Suppress progress bars, warnings and log messages of converters, and OpenVINO's telemetry."
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    no_notebook = patch("rich.console._is_jupyter", return_value=False)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
-                patch.dict(os.environ, CI="true"), no_notebook:
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with _converting:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        no_notebook = patch("rich.console._is_jupyter", return_value=False)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
+                    patch.dict(os.environ, CI="true"), no_notebook:
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #2c83c01e
 def _with_timeout(

@@ -312,6 +312,7 @@ def _make(lm: LanguageModel, bits: int) -> LanguageModel:
     converted = _opened(_with_kv_cache(exact), model, 32)
     _check_same(converted, model, 1e-3)
     if bits < 32:
+        del exact, converted  # as large as the model
         graph = _with_kv_cache(_with_quantized_weights(graph, bits))
         converted = _opened(graph, model, bits)
         _check_same(converted, model, 1)  # few bits change the logits, but not into others
