@@ -209,6 +209,7 @@ def test_one_token_alone_cannot_be_matched(weight):
 
 def test_other_tokens_cannot_be_matched():
     student = tiny.classifier(layers=1)
+    student.model.resize_token_embeddings(len(student.tokenizer) + 1)
     student.tokenizer.add_tokens(["battery2"])
     with pytest.raises(EcomoptError, match="different tokens"):
         distill(tiny.classifier(), tiny.task(), student, hidden=1.0)

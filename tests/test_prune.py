@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
@@ -112,10 +111,7 @@ def test_only_the_layers_are_pruned(kind):
 
 
 def test_language_models_are_pruned_too():
-    config = AutoConfig.for_model(
-        "llama", vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
-    model = prune(Classifier(AutoModelForCausalLM.from_config(config), None), 0.5).model
+    model = prune(tiny.language_model(num_hidden_layers=2, tied=False), 0.5).model
     assert len(prunable_layers(model)) == 2 * 7 and compute_sparsity(model) == 0.5 and (model.lm_head.weight != 0).all()
 
 
@@ -341,14 +337,15 @@ def test_the_best_model_may_not_be_the_pruned_one(tmp_path):
 
 @pytest.mark.parametrize("refuse", [lambda c: prune(c, 0.5), lambda c: compute_sparsity(c.model)])
 def test_unsupported_models_are_refused(refuse):
+    words = tiny.tokenizer()
     gpt2 = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=len(words), pad_token_id=0)
     )
-    for model in (quantize(tiny.classifier()), Classifier(gpt2, None)):  # GPT-2's maps are convolutions
+    for model in (quantize(tiny.classifier()), Classifier(gpt2, words)):  # GPT-2's maps are convolutions
         with pytest.raises(EcomoptError, match="nothing to prune"): refuse(model)
     albert = AutoConfig.for_model(
         "albert",
-        vocab_size=9,
+        vocab_size=len(words),
         embedding_size=8,
         hidden_size=8,
         num_hidden_layers=3,
@@ -356,7 +353,7 @@ def test_unsupported_models_are_refused(refuse):
         intermediate_size=8,
     )
     with pytest.raises(EcomoptError, match="no list of 3 layers"):
-        refuse(Classifier(AutoModelForSequenceClassification.from_config(albert), None))
+        refuse(Classifier(AutoModelForSequenceClassification.from_config(albert), words))
 
 
 def test_the_spec_is_plain_data():

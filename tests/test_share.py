@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ecomopt import EcomoptError
 from ecomopt.compress.distill import distill
@@ -463,9 +465,14 @@ def test_a_model_of_one_layer():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = nn.Linear(48, 64)
+            self.linear, self.device = nn.Linear(48, 64), torch.device("cpu")
+            self.config = BertConfig(vocab_size=len(tiny.tokenizer()), num_labels=64)
 
         def get_input_embeddings(self): return None
 
-    small = share_weights(Classifier(Model(), None), bits=2).model.linear
+        def forward(self, input_ids, **others):
+            ones = F.one_hot(input_ids % 48, 48).float().sum(1)
+            return SequenceClassifierOutput(logits=self.linear(ones))
+
+    small = share_weights(Classifier(Model(), tiny.tokenizer()), bits=2).model.linear
     assert isinstance(small, SharedLinear) and prod(small.shape) == 48 * 64

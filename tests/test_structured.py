@@ -457,9 +457,9 @@ def test_unsupported_models_are_refused():
         prune_structured(
             Classifier(
                 AutoModelForSequenceClassification.from_config(
-                    AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+                    AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, pad_token_id=1)
                 ),
-                None,
+                bert.tokenizer,
             )
         )
     with pytest.raises(EcomoptError, match="unsupported architecture LlamaFor.*last token"):
@@ -482,9 +482,8 @@ def test_taylor_wants_the_classifier_s_own_task():
 def test_other_tokenizers_are_refused():
     backend = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
     with pytest.raises(EcomoptError, match="WordPiece and byte-pair"):
-        prune_structured(
-            replace(tiny("bert"), tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend)), texts=TEXTS
-        )
+        other = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="b")
+        prune_structured(replace(tiny("bert"), tokenizer=other), texts=TEXTS)
 
 
 def test_a_fingerprint_depends_on_special_modules():

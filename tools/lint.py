@@ -21,6 +21,7 @@ from ecomopt import _HOME_OF
 ROOT = Path(__file__).resolve().parents[1]
 TECHNIQUE = {"core", "compress", "accelerate", "tune", "optimize"}
 TOUR = {"", "start"}  # the index and the quickstart show what comes later
+MACHINERY = 10  # notebooks of lower numbers explain no technique: the package, its checks
 MAX_LINES, MAX_MEDIAN, CELLS, EXERCISES = 25, 6, range(20, 71), range(3, 6)
 MAX_VALUE = 30  # characters of a value in `a, b = x, y`
 MAX_OUTPUTS = 400_000  # bytes of the stored outputs of a notebook
@@ -99,7 +100,7 @@ class Notebook:
     def module(self) -> str: return ".".join([*self.path.parts[:-1], re.sub(r"^\d+_", "", self.path.stem)])
 
     @property
-    def is_technique(self) -> bool: return self.folder in TECHNIQUE and self.number > 0
+    def is_technique(self) -> bool: return self.folder in TECHNIQUE and self.number >= MACHINERY
 
     @property
     def title(self) -> str: return self.cells[0].text.partition("\n")[0] if self.cells else ""

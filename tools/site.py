@@ -142,6 +142,24 @@ def benchmarks(results: list[Path]) -> str:
     return "\n".join(page)
 
 
+def architectures(table: dict[str, dict[str, str]]) -> str:
+    "The page of what each step does with each architecture, from what `tools/architectures.py` found."
+    reasons = {}
+    for name, row in table.items():
+        for step, found in row.items():
+            if found != "works": reasons.setdefault((step, found.partition(": ")[2]), []).append(name)
+    short = pd.DataFrame(table).T.map(lambda found: str(found).partition(":")[0]).to_html(border=0)
+    return "\n".join([
+        "---\ntitle: Architectures\ndescription: Which step works with which model, and why not.\n---\n",
+        "Every step was tried on a small random model of every architecture. *Works* means that the logits stay what "
+        "the step promises and that the result, saved and loaded, has the same logits. *Refused* means an error "
+        "before anything is changed; the reasons are listed below the table. A test keeps this table true.\n",
+        f"```{{=html}}\n{short}\n```\n",
+        "## Reasons\n",
+        *(f"* **{step}**, {', '.join(names)}: {why}" for (step, why), names in sorted(reasons.items())),
+    ])
+
+
 def stage(to: Path) -> None:
     "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
     shutil.rmtree(to, ignore_errors=True)
@@ -152,6 +170,8 @@ def stage(to: Path) -> None:
         page.process()
         page.nb.metadata = {"kernelspec": page.nb.metadata["kernelspec"]}
         write_nb(page.nb, to / staged_name(path))
+    table = json.loads((NBS / "architectures.json").read_text("utf8"))
+    (to / "architectures.qmd").write_text(architectures(table), "utf8")
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     if results: (to / "benchmarks.qmd").write_text(benchmarks(results), "utf8")
     config = (ROOT / "_quarto.yml").read_text("utf8").splitlines(keepends=True)

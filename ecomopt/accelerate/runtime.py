@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from unittest.mock import patch
 
 import numpy as np
@@ -33,12 +33,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #bcd4cfd1
+import ctypes
+from weakref import WeakSet
+
 from .. import EcomoptError
 from ..compress.quantize import Int8Linear, QuantizedEmbedding, quantize
 from ..core.artifact import Rebuildable
+from ecomopt.core.checks import (
+    _first_line,
+    _fork_safe_lock,
+    _is_bool,
+    _positive_number,
+    _text_rows,
+    _whole_number,
+)
 from ..core.data import Task
 from ..core.measure import count_macs, count_parameters, time_interleaved
-from ..core.train import Classifier, supports_bfloat16
+from ..core.pretrained import _max_positions
+from ..core.train import Classifier, _check_classifier, supports_bfloat16
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #7666f8df
 RUNTIMES = {  # the packages that it needs: the first one to run, all of them to convert
@@ -109,7 +121,7 @@ def _graph(model: PreTrainedModel) -> ExportedProgram:
         if isinstance(module, QuantizedEmbedding):
             model.set_submodule(name, _PortableEmbedding(module))
     ids = torch.ones(2, 7, dtype=torch.long)
-    shape = {0: Dim("B"), 1: Dim("L", max=model.config.max_position_embeddings)}
+    shape = {0: Dim("B"), 1: Dim("L", max=_max_positions(model))}
     inputs, shapes = (ids, ids.clone()), (shape, shape)
     return torch.export.export(_Logits(model), inputs, dynamic_shapes=shapes, strict=False)
 
@@ -132,15 +144,15 @@ def _write_openvino(
 
 def _open_openvino(files: dict[str, np.ndarray], precision: str, threads: int) -> Callable:
     "A function from inputs to logits."
-    request = _open_openvino_model(files, threads, precision)
-    return lambda inputs: request.infer(inputs)[0]
+    request = _open_openvino_model(files, threads, precision).create_infer_request()
+    return _one_at_a_time(lambda inputs: request.infer(inputs)[0])
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #34ab00c1
 def _open_openvino_model(
     files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
     threads: int,                  # to compute with
     precision: str = "float32",    # of floating-point operations: "float32" or "bfloat16"
-) -> "openvino.InferRequest":      # keeps its state from call to call
+) -> "openvino.CompiledModel":      # its infer requests serve one caller each
     "Compile a graph for this CPU."
     import openvino
     core = openvino.Core()
@@ -150,7 +162,7 @@ def _open_openvino_model(
         "INFERENCE_NUM_THREADS": threads,
     }
     graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
-    return core.compile_model(graph, "CPU", properties).create_infer_request()
+    return core.compile_model(graph, "CPU", properties)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3d31c99f
 def _write_onnxruntime(
@@ -178,17 +190,60 @@ def _open_onnxruntime(files: dict[str, np.ndarray], precision: str, threads: int
     session = onnxruntime.InferenceSession(model, options, providers=providers)
     return lambda inputs: session.run(None, inputs)[0]
 
+# %% ../../nbs/accelerate/34_runtime.ipynb #c4b520d1
+_creating = _fork_safe_lock()  # held while a session is created
+_converting = Lock()  # held while a model is converted: what is silenced is the process's
+_opened = WeakSet()   # the models that have a session
+
+
+def _forget_sessions() -> None:
+    "A fork copies no threads: the new process opens a runtime again, and never closes the old one."
+    global _converting
+    _converting = Lock()
+    for model in list(_opened):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model._session))  # closing waits for threads
+        model._session = ()
+
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_forget_sessions)
+
+
+def _one_at_a_time(call: Callable) -> Callable:
+    "The same function, for one thread after the other."
+    lock = Lock()
+    def locked(*arguments):
+        with lock: return call(*arguments)
+    return locked
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #0e41484d
 class ConvertedModel(Rebuildable):
-    "A model that a runtime executes; a subclass says how in `create_session`."
+    "A model that a runtime executes, in any thread; a subclass says how in `create_session`."
     device = torch.device("cpu")
+    max_tokens = None  # the longest input, if there is a limit
     _session = ()  # number of threads, session; in a tuple, so that PyTorch registers no submodule
 
     def session(self) -> Callable:  # from the inputs to the logits
-        "The current session; a new one after the number of threads has changed."
+        "The current session; a new one after the number of threads has changed, and after a fork."
         threads = torch.get_num_threads()
-        if threads not in self._session[:1]: self._session = threads, self.create_session()
+        if threads not in self._session[:1]:
+            with _creating:
+                if threads not in self._session[:1]: self._session = threads, self.create_session()
+                _opened.add(self)
         return self._session[1]
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor,  # token ids [B, L]
+        others: dict,             # what else was passed
+    ) -> None:
+        "Raise for what the converted model would ignore."
+        types, length = others.get("token_type_ids"), input_ids.shape[1]
+        if types is not None and types.any():
+            what = "A converted model has no token types other than 0."
+            raise EcomoptError(what, "token_type_ids", "Use PyTorch for pairs of texts.")
+        if self.max_tokens and length > self.max_tokens:
+            what = f"A text has {length} tokens, and the model {self.max_tokens} positions."
+            raise EcomoptError(what, "input_ids", "Set the classifier's max_length to fewer.")
 
     def get_input_embeddings(self) -> nn.Module:
         "Raise: a converted model cannot be changed."
@@ -276,15 +331,17 @@ class TorchRuntime(ConvertedModel):
         "Choose the implementation of attention, and compile if asked."
         self.model.set_attn_implementation("eager" if self.runtime == "eager" else "sdpa")
         logits = _Logits(self.model)
-        return torch.compile(logits, dynamic=True) if self.runtime == "compile" else logits
+        if self.runtime != "compile": return logits
+        return _one_at_a_time(torch.compile(logits, dynamic=True))
 
     def forward(
         self,
         input_ids: torch.Tensor,                      # token ids [B, L]
         attention_mask: torch.Tensor | None = None,   # 1 for a token, 0 for padding [B, L]
-        **others,                                     # ignored
+        **others,                                     # token types, all 0
     ) -> SequenceClassifierOutput:                    # with logits [B, C]
         "Token ids and mask [B, L] → logits [B, C]."
+        self._check_inputs(input_ids, others)
         return SequenceClassifierOutput(logits=self.session()(input_ids, attention_mask))
 
     def count_macs(
@@ -297,7 +354,7 @@ class TorchRuntime(ConvertedModel):
 # %% ../../nbs/accelerate/34_runtime.ipynb #2e533489
 class GraphRuntime(RuntimeFiles):
     "A classifier as the files of another runtime, with the counts of the original model."
-    settings = "sizes", "runtime", "precision", "macs", "weights"
+    settings = "sizes", "runtime", "precision", "macs", "weights", "max_tokens"
 
     @classmethod
     def from_model(
@@ -312,6 +369,7 @@ class GraphRuntime(RuntimeFiles):
         c = (three - 2 * two + one) // 2
         b = two - one - 3 * c
         counts = dict(macs=[one - b - c, b, c], weights=count_parameters(model))
+        counts |= dict(max_tokens=_max_positions(model))
         spec = dict(runtime=runtime, precision=precision, **counts)
         write, _ = _GRAPHS[runtime]
         with tempfile.TemporaryDirectory() as folder:
@@ -327,9 +385,10 @@ class GraphRuntime(RuntimeFiles):
         self,
         input_ids: torch.Tensor,                     # token ids [B, L]
         attention_mask: torch.Tensor | None = None,  # 1 for a token, 0 for padding [B, L]
-        **others,                                    # ignored
+        **others,                                    # token types, all 0
     ) -> SequenceClassifierOutput:                   # with logits [B, C]
         "Token ids and mask [B, L] → logits [B, C]."
+        self._check_inputs(input_ids, others)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
         return SequenceClassifierOutput(logits=torch.from_numpy(self.session()(inputs)))
@@ -352,14 +411,15 @@ _GRAPHS = {  # how a runtime's files are written and opened
 }
 
 
-def _examples(
-    classifier: Classifier,
-    texts: Task | Sequence[str] | None,
-    most: int = 300,
-) -> list[dict]:
-    "Calibration inputs, one text each and so without padding; of a task, some of its train split."
-    if isinstance(texts, Task): texts = texts.train.shuffle(seed=0)["text"][:most]
-    rows = [np.array([ids]) for ids in classifier.encode(list(texts or [])[:most])]
+def _calibration(texts: Task | Iterable[str] | None, most: int = 300) -> list[str]:
+    "Calibration texts; of a task, some of its train split."
+    if isinstance(texts, Task): return texts.train.shuffle(seed=0)["text"][:most]
+    return _text_rows([] if texts is None else texts, "calibration_texts")[:most]
+
+
+def _examples(classifier: Classifier, texts: list[str]) -> list[dict]:
+    "Calibration inputs, one text each and so without padding."
+    rows = [np.array([ids]) for ids in classifier.encode(texts)]
     return [{"input_ids": row, "attention_mask": np.ones_like(row)} for row in rows]
 
 
@@ -369,13 +429,37 @@ def _in_torch(classifier: Classifier, precision: str) -> PreTrainedModel:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return copy.deepcopy(classifier.model).to(dtype)
 
+# %% ../../nbs/accelerate/34_runtime.ipynb #55299645
+class _Traced(TorchRuntime):
+    "The graph that other runtimes get, run by PyTorch."
+    def create_session(self) -> Callable: return _graph(self.model).module()
+
+
+def _probes(classifier: Classifier) -> list[str]:
+    "Texts of several lengths, up to the longest: random words of the vocabulary."
+    tokenizer, draw = classifier.tokenizer, np.random.default_rng(0)
+    words = sorted(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
+    lengths = 1, 2, 3, 5, 8, 21, min(classifier.max_length, 512)
+    return [" ".join(draw.choice(words, n)) for n in lengths]
+
+
+def _check_same(converted: Classifier, classifier: Classifier, texts: list[str]) -> None:
+    "Raise unless logits stay the same, of one text and of several; few bits may round them."
+    is_exact = converted.model.precision == "float32"
+    texts = _probes(classifier) if is_exact or not texts else texts[:7]
+    for batch_size in (1, 3, 7):
+        wanted, found = (c.logits(texts, batch_size) for c in (classifier, converted))
+        most = wanted.abs().max()
+        limit = 1e-3 * most + 1e-5 if is_exact else 0.5 * max(most, 1)
+        error = (found - wanted).abs().amax(1)
+        if error.max() <= limit: continue
+        where = f"{len(classifier.encode(texts)[error.argmax()])} tokens in batches of {batch_size}"
+        raise ValueError(f"the logits of a text of {where} differ by {error.max():.2g}")
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #9441e51a
 def _check_model(classifier: Classifier) -> None:
     "Raise if it is no classifier, or one that was converted or quantized before."
-    if not isinstance(classifier, Classifier):
-        what = f"{type(classifier).__name__} is no classifier."
-        do = "Pass what finetune, distill or load returns."
-        raise EcomoptError(what, "argument classifier", do)
+    _check_classifier(classifier, "classifier")
     if isinstance(classifier.model, ConvertedModel): classifier.model.get_input_embeddings()
     if any(isinstance(module, Int8Linear) for module in classifier.model.modules()):
         what = "The model is quantized already."
@@ -383,36 +467,36 @@ def _check_model(classifier: Classifier) -> None:
         raise EcomoptError(what, "convert", do)
 
 
-def _make(classifier: Classifier, runtime: str, precision: str, examples: list[dict]) -> Classifier:
-    "Convert, and run a batch and a single text."
+def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]) -> Classifier:
+    "Convert, and compare with PyTorch."
+    classifier.logits(_probes(classifier))  # raises if they are not finite
     if runtime in _GRAPHS:
+        if precision != "float32":  # the graph without its rounding
+            traced = _Traced(classifier.model, runtime, "float32")
+            _check_same(replace(classifier, model=traced), classifier, [])
+        examples = _examples(classifier, texts)
         model = GraphRuntime.from_model(classifier.model, runtime, precision, examples)
     else:
         model = TorchRuntime(_in_torch(classifier, precision), runtime, precision)
     converted = replace(classifier, model=model.eval())
-    converted.logits(["one", "one two"])
-    converted.logits(["one"])
+    _check_same(converted, classifier, texts)
     return converted
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #12099733
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     "Suppress progress bars, warnings and log messages of converters, and OpenVINO's telemetry."
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    no_notebook = patch("rich.console._is_jupyter", return_value=False)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
-                patch.dict(os.environ, CI="true"), no_notebook:
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    "The first line of its message, or its type."
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    with _converting:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        no_notebook = patch("rich.console._is_jupyter", return_value=False)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
+                    patch.dict(os.environ, CI="true"), no_notebook:
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #2c83c01e
 def _with_timeout(
@@ -436,46 +520,50 @@ def _with_timeout(
 # %% ../../nbs/accelerate/34_runtime.ipynb #a4d19111
 def _check_names(runtime: str, precision: str) -> None:
     "Raise for a runtime or precision that is unknown or not available here."
-    known = {"runtime": (runtime, RUNTIMES), "precision": (precision, PRECISIONS)}
-    for name, (value, names) in known.items():
-        if value in names: continue
+    known = ("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)
+    for name, value, names in known:
+        if isinstance(value, str) and value in names: continue
         do = f"Give one of {', '.join(names)}."
         raise EcomoptError(f"There is no {name} {value!r}.", f"argument {name}", do)
     _require(RUNTIMES[runtime], runtime)
     if precision == "bfloat16" and not supports_bfloat16():
-        what = "This CPU does not compute in bfloat16."
         do = "Choose float32 or int8; bfloat16 would only be emulated, slowly."
-        raise EcomoptError(what, "argument precision", do)
+        raise EcomoptError("This CPU does not compute in bfloat16.", "argument precision", do)
 
 
-def _check_choice(task: Task, by: str, min_agreement: float) -> None:
-    "Raise for wrong arguments of `best_runtime`."
+def _check_choice(task: Task, by: str, min_agreement: float, rounds: int) -> int:
+    "The rounds; raise for wrong arguments of `best_runtime`."
+    if not isinstance(task, Task):
+        raise EcomoptError(f"This is no task: {task!r:.99}", "argument task", "Pass a Task.")
     if by not in ("sentences/s", "p50 ms"):
         raise EcomoptError(f"by is {by!r}.", "argument by", "Give 'sentences/s' or 'p50 ms'.")
-    if not (0 <= min_agreement <= 1 and len(task.valid)):
+    is_number = isinstance(min_agreement, (int, float)) and not _is_bool(min_agreement)
+    if not (is_number and 0 <= min_agreement <= 1 and len(task.valid)):
         what = f"min_agreement={min_agreement!r}, {len(task.valid)} texts to validate with."
         do = "Give a fraction between 0 and 1, and a task with a valid split."
         raise EcomoptError(what, "best_runtime", do)
+    return _whole_number(rounds, "rounds")
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3619d0c9
 def convert(
     classifier: Classifier,     # finished, in float32; its word embeddings may be quantized
     runtime: str = "openvino",  # "eager", "sdpa", "compile", "onnxruntime" or "openvino"
     precision: str = "int8",    # "float32", "bfloat16" or "int8"
-    calibration_texts: Task | Sequence[str] | None = None,  # for int8 in OpenVINO; of a task, 300
+    calibration_texts: Task | Iterable[str] | None = None,  # for int8 in OpenVINO; of a task, 300
     timeout: float = 600,       # seconds
 ) -> Classifier:                # to use, measure, save and load; it cannot be changed any more
     "Convert a finished classifier for a runtime."
     _check_names(runtime, precision)
     _check_model(classifier)
-    if (runtime, precision) == ("openvino", "int8") and not calibration_texts:
+    timeout = _positive_number(timeout, "timeout")
+    texts = _calibration(calibration_texts)
+    if (runtime, precision) == ("openvino", "int8") and not texts:
         what = "Static int8 needs texts to calibrate with."
         do = "Pass the task, or a few hundred texts of the shop."
         raise EcomoptError(what, "argument calibration_texts", do)
     try:
         with _silenced():
-            examples = _examples(classifier, calibration_texts)
-            return _with_timeout(timeout, _make, classifier, runtime, precision, examples)
+            return _with_timeout(timeout, _make, classifier, runtime, precision, texts)
     except Exception as error:  # each runtime has exceptions of its own
         what = f"{runtime} cannot run the model in {precision}: {_first_line(error)}"
         do = "Choose another precision or runtime; best_runtime tries all."
@@ -503,9 +591,10 @@ def _why(name: str, by: str, table: pd.DataFrame, n_texts: int, n_kept: int, lea
     )
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #5ac1e038
-def _all_variants(classifier: Classifier, task: Task, pairs: Iterable, timeout: float) -> tuple:
+def _all_variants(classifier: Classifier, task: Task, names: Iterable, timeout: float) -> tuple:
     "Converted models by name, and for the rest the reason why there is none."
-    models = {_BASELINE: convert(classifier, *_BASELINE.split())}
+    pairs = product(*([one] if isinstance(one, str) else one for one in names))
+    models = {_BASELINE: convert(classifier, *_BASELINE.split(), timeout=timeout)}
     failed = {}
     for runtime, precision in pairs:
         name = f"{runtime} {precision}"
@@ -553,9 +642,9 @@ def best_runtime(
     timeout: float = 180,                       # seconds for each conversion
 ) -> RuntimeChoice:
     "Convert to every runtime and precision, measure, and take the fastest that keeps the labels."
-    _check_choice(task, by, min_agreement)
-    pairs, texts = product(runtimes, precisions), list(task.valid["text"])
-    models, failed = _all_variants(classifier, task, pairs, timeout)
+    rounds = _check_choice(task, by, min_agreement, rounds)
+    texts = list(task.valid["text"])
+    models, failed = _all_variants(classifier, task, (runtimes, precisions), timeout)
     _drop_slow(models, failed, texts[:64])
     labels = {name: c.logits(texts).argmax(1).numpy() for name, c in models.items()}
     timed, _ = time_interleaved(models, texts, rounds, 20, 32, 0)

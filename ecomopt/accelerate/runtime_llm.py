@@ -7,6 +7,7 @@ __all__ = ['prompt_lookup', 'prompt_lookup_decoding', 'Generation', 'LanguageRun
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #8a5ebc72
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import EcomoptError
 from ecomopt.accelerate.runtime import (
     RuntimeFiles,
-    _first_line,
     _open_openvino_model,
     _require,
     _silenced,
@@ -32,7 +32,8 @@ from ecomopt.accelerate.runtime import (
 from ..compress.quantize import quantize_per_channel
 from ..compress.quantize_llm import quantize_per_group_asymmetric
 from ..core.artifact import Rebuildable
-from ..core.generate import LanguageModel, greedy_decoding
+from ..core.checks import _first_line, _positive_number, _whole_number
+from ..core.generate import LanguageModel, _check_prompts, _left_padded, _likeliest
 from ..core.measure import count_parameters
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #4f5aa236
@@ -55,11 +56,21 @@ def _verify(model: PreTrainedModel, new: list[int], draft: list[int], cache: obj
     input_ids = torch.tensor([new + draft], device=model.device)
     last = dict(logits_to_keep=len(draft) + 1)
     out = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last)
-    predicted = out.logits[0].float().argmax(-1).tolist()
+    predicted = _likeliest(out.logits[0]).tolist()
     is_right = [token == drafted for token, drafted in zip(predicted, draft)]
     accepted = [*is_right, False].index(False)
     if accepted < len(draft): out.past_key_values.crop(accepted - len(draft))
     return predicted[:accepted + 1], out.past_key_values
+
+
+def _check_decoding(model: PreTrainedModel, ids: list[int], new: int, ngram: int, k: int) -> None:
+    "Raise for wrong arguments of `prompt_lookup_decoding`."
+    _whole_number(ngram, "ngram_size")
+    _check_prompts(model, [ids], _whole_number(new, "max_new_tokens", 0))
+    if _whole_number(k, "num_draft_tokens", 0) and isinstance(model, RuntimeFiles):
+        what = "The KV cache of a converted model cannot be cut."
+        do = "Pass a model in PyTorch, or num_draft_tokens=0."
+        raise EcomoptError(what, "prompt_lookup_decoding", do)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #70d43d36
 @torch.inference_mode()
@@ -72,10 +83,7 @@ def prompt_lookup_decoding(
     num_draft_tokens: int = 8,  # as for `prompt_lookup`; 0 is greedy decoding
 ) -> tuple[list[int], int]:     # the new tokens, without a stop token; calls of the model
     "Greedy decoding with draft tokens (Leviathan, Kalman and Matias 2023)."
-    if num_draft_tokens and isinstance(model, RuntimeFiles):
-        what = "The KV cache of a converted model cannot be cut."
-        do = "Pass a model in PyTorch, or num_draft_tokens=0."
-        raise EcomoptError(what, "prompt_lookup_decoding", do)
+    _check_decoding(model, ids, max_new_tokens, ngram_size, num_draft_tokens)
     tokens, new, cache, calls = list(ids), list(ids), None, 0
     while (left := max_new_tokens - len(tokens) + len(ids)) > 0:
         k = min(num_draft_tokens, left - 1)
@@ -119,8 +127,6 @@ def _graph(model: PreTrainedModel):
     "One step as an OpenVINO model, with the KV cache as inputs and outputs."
     import openvino
     config = model.config
-    model = copy.deepcopy(model).float().cpu().eval()
-    model.set_attn_implementation("sdpa")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     count, heads = 2 * config.num_hidden_layers, config.num_key_value_heads
     B, L, P = 2, 3, 4
@@ -203,90 +209,137 @@ def _with_quantized_weights(graph, bits: int):
     return graph
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #9bfd099c
+class _KVCache:
+    "Keys and values of one text, or one batch of texts, in an infer request of their own."
+
+    def __init__(self, model: "LanguageRuntime"):
+        self.model, self.process, self.length = model, os.getpid(), 0
+        self.request = model.session().create_infer_request()
+
+
 @dataclass(frozen=True)
 class Generation:
-    "Stands for the KV cache of a `LanguageRuntime`, which keeps keys and values itself."
-    sequence_id: int  # number of the text, counted from 1
-    length: int       # tokens in the cache
+    "Stands for the KV cache of one text, or one batch of texts, up to some length."
+    cache: _KVCache  # grows with the text
+    length: int      # tokens in it so far
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2a69a1f4
 class LanguageRuntime(RuntimeFiles):
-    "A language model as OpenVINO's files, with the KV cache of one text or one batch of texts."
+    "A language model as OpenVINO's files; each text, or batch of texts, has its own KV cache."
     settings = "sizes", "runtime", "bits", "weights"
-    sequence_id = 0  # number of the current text
-    length = 0       # tokens in the KV cache
 
-    def create_session(self) -> Callable:  # an `openvino.InferRequest` with an empty KV cache
+    def create_session(self) -> Callable:  # an `openvino.CompiledModel`
         "Compile for this CPU, with sums and KV cache in float32."
-        self.length = -1
         return _open_openvino_model(self.files(), torch.get_num_threads())
 
-    def _past_length(self, past: Generation | None) -> int:
-        "Begin a text, or check that it is the current one."
-        request = self.session()
-        if past is None:
-            self.sequence_id += 1
-            request.reset_state()
-            return 0
-        if past != Generation(self.sequence_id, self.length):
-            what = "Another text was begun since, and the KV cache of this one is forgotten."
-            do = "Generate one text, or one batch of texts, at a time."
-            raise EcomoptError(what, "past_key_values", do)
-        return past.length
+    def _cache(self, past: Generation | None) -> _KVCache:
+        "An empty KV cache, or the one of the text that goes on."
+        if past is None: return _KVCache(self)
+        cache = past.cache
+        if (past.length, os.getpid(), self) == (cache.length, cache.process, cache.model):
+            return cache
+        what = "The KV cache is forgotten: the text went on, or is of another model or process."
+        do = "Continue a text where it ends, or begin it again."
+        raise EcomoptError(what, "past_key_values", do)
 
     def forward(
         self,
         input_ids: torch.Tensor,                     # token ids [B, L]
         past_key_values: Generation | None = None,   # of the last call; None begins a text
         attention_mask: torch.Tensor | None = None,  # 1 for a token, 0 for padding [B, past + L]
+        position_ids: torch.Tensor | None = None,    # not used: they follow from the mask
         logits_to_keep: int = 0,                     # of the last tokens; 0 for all
         **others,                                    # ignored
     ) -> CausalLMOutputWithPast:                     # with a `Generation` as its KV cache
         "Token ids [B, L] after those in the KV cache → logits [B, logits_to_keep, V]."
         B, L = input_ids.shape
-        self.length = self._past_length(past_key_values) + L
-        if attention_mask is None: attention_mask = torch.ones(B, self.length, dtype=torch.long)
+        cache = self._cache(past_key_values)
+        length = cache.length + L
+        if attention_mask is None: attention_mask = torch.ones(B, length, dtype=torch.long)
         inputs = dict(
             input_ids=input_ids.numpy(),
             attention_mask=attention_mask.numpy(),
             beam_idx=np.arange(B, dtype=np.int32),
             keep=np.arange(L)[-logits_to_keep:],
         )
-        logits = torch.from_numpy(self.session().infer(inputs)["logits"].copy())
-        generation = Generation(self.sequence_id, self.length)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=generation)
+        logits = torch.from_numpy(cache.request.infer(inputs)["logits"].copy())
+        cache.length = length
+        return CausalLMOutputWithPast(logits=logits, past_key_values=Generation(cache, length))
 
     def count_parameters(self) -> int:
         "Parameters of the model that was converted."
         return self.weights
 
+# %% ../../nbs/accelerate/35_runtime_llm.ipynb #fb4c220e
+def _logits(model: nn.Module, rows: list[list[int]]) -> torch.Tensor:
+    "After all tokens but the last, padded on the left, and then after the last: [B, 2, V]."
+    ids, mask = _left_padded(rows, "cpu")
+    first = model(ids[:, :-1], attention_mask=mask[:, :-1], logits_to_keep=1)
+    past = first.past_key_values
+    last = model(ids[:, -1:], past_key_values=past, attention_mask=mask, logits_to_keep=1)
+    return torch.cat([first.logits, last.logits], 1)
+
+
+@torch.inference_mode()
+def _check_same(converted: LanguageRuntime, model: PreTrainedModel, tolerance: float) -> None:
+    "Raise unless logits are those of PyTorch for one text alone, of one text and of several."
+    draw = np.random.default_rng(0)
+    tokens = model.get_input_embeddings().num_embeddings
+    for lengths in ((2,), (9,), (3, 17), (5, 2, 40)):
+        rows = [draw.integers(tokens, size=n).tolist() for n in lengths]
+        alone = [model(torch.tensor([row]), use_cache=False).logits[0, -2:] for row in rows]
+        wanted = torch.stack(alone)
+        error = (_logits(converted, rows) - wanted).norm() / wanted.norm()
+        if error <= tolerance: continue
+        raise ValueError(f"its logits for {lengths} tokens are off by {100 * error:.2g} %")
+
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #31744dff
-def _make(lm: LanguageModel, bits: int) -> LanguageModel:
-    "Convert, and generate for two prompts of unequal length."
+def _opened(graph, model: PreTrainedModel, bits: int) -> LanguageRuntime:
+    "Write the files of a graph and read them."
     import openvino
-    graph = _graph(lm.model)
-    if bits < 32: graph = _with_quantized_weights(graph, bits)
-    graph = _with_kv_cache(graph)
-    spec = dict(runtime="openvino", bits=bits, weights=count_parameters(lm.model))
+    spec = dict(runtime="openvino", bits=bits, weights=count_parameters(model))
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(graph, Path(folder) / "graph.xml", compress_to_fp16=False)
-        model = LanguageRuntime.from_folder(Path(folder), lm.model.config, **spec)
-    greedy_decoding(model, [[1], [1, 2]], 2)
-    return replace(lm, model=model)
+        return LanguageRuntime.from_folder(Path(folder), model.config, **spec)
+
+
+def _make(lm: LanguageModel, bits: int) -> LanguageModel:
+    "Convert, and compare with PyTorch: the graph with its floats, then with fewer bits."
+    model = copy.deepcopy(lm.model).float().cpu().eval()
+    model.set_attn_implementation("sdpa")
+    graph = _graph(model)
+    exact = graph if bits == 32 else graph.clone()
+    converted = _opened(_with_kv_cache(exact), model, 32)
+    _check_same(converted, model, 1e-3)
+    if bits < 32:
+        del exact, converted  # as large as the model
+        graph = _with_kv_cache(_with_quantized_weights(graph, bits))
+        converted = _opened(graph, model, bits)
+        _check_same(converted, model, 1)  # few bits change the logits, but not into others
+    return replace(lm, model=converted)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #5ac1e042
-def _check(lm: LanguageModel, bits: int) -> None:
-    "Raise for what cannot be converted."
+def _check(lm: LanguageModel, bits: int) -> int:
+    "The bits; raise for what cannot be converted."
     if not isinstance(lm, LanguageModel):
         what = f"{type(lm).__name__} is no language model."
         raise EcomoptError(what, "argument lm", "Pass what load_language_model returns.")
-    if bits not in (32, 8, 4):
+    if _whole_number(bits, "bits") not in (32, 8, 4):
         raise EcomoptError(f"Weights of {bits!r} bits.", "argument bits", "Give 32, 8 or 4.")
     _require(("openvino",), "openvino")
     if any(isinstance(module, Rebuildable) for module in lm.model.modules()):
         what = "The model is quantized or converted already."
         do = "Pass the float model; bits=4 and bits=8 quantize it."
         raise EcomoptError(what, "convert_language_model", do)
+    config, name = lm.model.config, type(lm.model).__name__
+    window = getattr(config, "sliding_window", None)
+    what = None
+    if not hasattr(config, "num_key_value_heads"): what = f"{name} is not built like LLaMA."
+    elif window and window < config.max_position_embeddings:
+        what = f"{name} attends to the last {window} tokens alone."
+    if not what: return int(bits)
+    do = "Use quantize_language_model, which stays in PyTorch."
+    raise EcomoptError(what, "convert_language_model", do)
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2604544f
 def convert_language_model(
@@ -295,7 +348,8 @@ def convert_language_model(
     timeout: float = 600,   # seconds
 ) -> LanguageModel:         # to use, measure, save and load; it cannot be changed any more
     "Convert a language model for OpenVINO; 4 bits suit weights that were made for them."
-    _check(lm, bits)
+    bits = _check(lm, bits)
+    timeout = _positive_number(timeout, "timeout")
     try:
         with _silenced(): return _with_timeout(timeout, _make, lm, bits)
     except Exception as error:  # a converter has exceptions of its own

@@ -6,7 +6,6 @@
 __all__ = ['METHODS', 'Histogram', 'activation_histograms', 'static_range', 'StaticLinear', 'calibrate']
 
 # %% ../../nbs/compress/25_calibrate.ipynb #245439cf
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .. import EcomoptError
+from .prune import _Step
 from .quantize import Int8Linear
 from ..core.train import Classifier
 
@@ -136,6 +136,9 @@ def _to_static(layer: Int8Linear, limits: tuple[float, float]) -> StaticLinear:
     return static
 
 # %% ../../nbs/compress/25_calibrate.ipynb #e5af95d3
+_STEP = _Step("calibrate", "calibrate", "prune_structured", "quantize")
+
+
 def _check_model(quantized: Classifier) -> None:
     where, do = "argument quantized", "Pass what quantize returns."
     layers = _int8_layers(quantized.model) if isinstance(quantized, Classifier) else {}
@@ -143,20 +146,20 @@ def _check_model(quantized: Classifier) -> None:
     if any(isinstance(layer, StaticLinear) for layer in layers.values()):
         do = "Pass what quantize returned, before calibrate."
         raise EcomoptError("Its ranges are fixed already.", where, do)
+    _STEP.check_order(quantized.model)
 
 
-def _check(quantized: Classifier, texts: list[str], method: str, percentile: float) -> None:
-    "Raise on invalid arguments, before the model runs."
+def _check(quantized: Classifier, texts, method: str, percentile: float) -> list[str]:
+    "Raise on invalid arguments, before the model runs; gives the texts as a list."
     _check_model(quantized)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        do = "Pass a list of a hundred texts or more, like those that will be classified."
-        raise EcomoptError("There are no calibration texts.", "argument texts", do)
+    texts = _STEP.check_texts(texts, "There are no calibration texts")
     if method not in METHODS:
         do = f"Give one of {', '.join(METHODS)}."
         raise EcomoptError(f"The method {method!r} is not known.", "argument method", do)
     if not 50 < percentile <= 100:
         do = "Give a number above 50 and at most 100, such as 99.99."
         raise EcomoptError(f"percentile is {percentile!r}.", "argument percentile", do)
+    return texts
 
 # %% ../../nbs/compress/25_calibrate.ipynb #acbfe287
 def calibrate(
@@ -166,10 +169,10 @@ def calibrate(
     percentile: float = 99.99,  # of the numbers that "percentile" keeps
 ) -> Classifier:                # a copy with static ranges
     "Give every int8 layer a static input range (Jacob et al. 2018; Wu et al. 2020)."
-    texts = [] if isinstance(texts, str) else list(texts)
-    _check(quantized, texts, method, percentile)
-    static = replace(quantized, model=copy.deepcopy(quantized.model))
+    texts = _check(quantized, texts, method, percentile)
+    static = replace(quantized, model=_STEP.copy(quantized.model))
     for name, histogram in activation_histograms(static, texts).items():
         limits = static_range(histogram, method, percentile)
         static.model.set_submodule(name, _to_static(static.model.get_submodule(name), limits))
+    _STEP.logits(static, "after")
     return static

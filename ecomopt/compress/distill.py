@@ -18,9 +18,11 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import EcomoptError
+from ..core.checks import _first_line
+from ..core.pretrained import _class_names
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/20_distill.ipynb #77a2ca07
@@ -133,6 +135,10 @@ def _check_teacher(
             what = f"Teacher and student differ in {name}: {theirs} and {ours}."
             do = "Use one label space; where tokenizers differ use distill(), which takes texts."
             raise EcomoptError(what, where, do)
+    theirs, ours = (_class_names(model.config) for model in (teacher, student))
+    if theirs and ours and theirs != ours:
+        what = f"The classes of the teacher are {theirs}, of the student {ours}."
+        raise EcomoptError(what, where, "Load both with the same labels, in the same order.")
 
 # %% ../../nbs/compress/20_distill.ipynb #a0d52272
 class DistillationTrainer(Trainer):
@@ -272,17 +278,26 @@ def select_layers(
     raise EcomoptError(what, where, f"Give a whole number from 1 to {num_layers}.")
 
 # %% ../../nbs/compress/20_distill.ipynb #a31e7be0
+def _cut_config(config: PreTrainedConfig, kept: list[int], total: int) -> None:
+    "Keep these layers in the configuration, and in each of its lists with an entry per layer."
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == total:
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+
+
 def keep_layers(
     classifier: Classifier,       # its model's layers must be one list
     layers: int | Sequence[int],  # how many, evenly spread with first and last; or indices
 ) -> Classifier:                  # a copy with these layers, else unchanged, in evaluation mode
     "Copy a classifier without some of its layers (Sanh et al. 2019, section 3)."
-    kept = select_layers(layers, len(transformer_layers(classifier.model)))
+    total = len(transformer_layers(classifier.model))
+    kept = select_layers(layers, total)
     model = copy.deepcopy(classifier.model).eval()
     stack = transformer_layers(model)
-    for i in reversed(range(len(stack))):
+    for i in reversed(range(total)):
         if i not in kept: del stack[i]
-    model.config.num_hidden_layers = len(kept)
+    _cut_config(model.config, kept, total)
     for i, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"): module.layer_idx = i  # its place in the KV cache
@@ -290,6 +305,7 @@ def keep_layers(
 
 # %% ../../nbs/compress/20_distill.ipynb #6b948033
 import random
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -301,8 +317,12 @@ from ..core.artifact import load, save
 from ..core.assets import cached
 from ..core.data import Task
 from ecomopt.core.train import (
+    _BestEpoch,
     _cached_training,
+    _check_classifier,
     _digest,
+    _training,
+    _warn_unpredicted,
     fingerprint,
     run,
     tokenized,
@@ -313,10 +333,12 @@ from ecomopt.core.train import (
 def teacher_logits(
     teacher: Classifier,   # the model that computes them
     texts: Sequence[str],  # any number of texts
-    bf16: bool = False,    # compute in bfloat16, as a training in bfloat16 would
+    bf16: bool = False,    # compute in bfloat16, as a training would; a teacher in integers cannot
 ) -> torch.Tensor:         # [len(texts), C], float32
     "Compute the teacher's logits, or read them from the cache."
     device = teacher.model.device.type
+    types = {tensor.dtype for tensor in teacher.model.state_dict().values()}
+    bf16 = bf16 and types.isdisjoint({torch.int8, torch.uint8})
     def compute(directory):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             save_file({"logits": teacher.logits(texts)}, directory / "logits.safetensors")
@@ -355,6 +377,7 @@ def _make_student(
     teacher: Classifier, task: Task, student: int | Sequence[int] | Classifier
 ) -> Classifier:
     "The student, made of the teacher's layers unless it is a model already."
+    if isinstance(student, (str, Path)): _check_classifier(student, "student")
     if not isinstance(student, Classifier): student = keep_layers(teacher, student)
     for labels in (student.labels, tuple(task.labels)):
         if labels != teacher.labels:
@@ -365,7 +388,13 @@ def _make_student(
 # %% ../../nbs/compress/20_distill.ipynb #9be108ce
 def _trainable_copy(student: Classifier) -> Classifier:
     "A copy without dropout and with frozen word embeddings."
-    model = copy.deepcopy(student.model).requires_grad_(True)
+    model = copy.deepcopy(student.model).float().requires_grad_(True)
+    for name, module in model.named_modules():
+        if module is model.get_input_embeddings() or not hasattr(module, "spec"): continue
+        if not any(p.requires_grad for p in module.parameters()):
+            what = f"The student's {name} is a {type(module).__name__}: it has nothing to train."
+            do = "Distill the float model, and quantize or convert the result."
+            raise EcomoptError(what, "distill", do)
     for module in model.modules():
         if isinstance(module, nn.Dropout): module.p = 0.0
     model.get_input_embeddings().requires_grad_(False)
@@ -381,6 +410,22 @@ def _matchable_teacher(teacher: Classifier, student: Classifier) -> PreTrainedMo
     model.set_attn_implementation("eager")  # the others do not return the attention
     return model
 
+# %% ../../nbs/compress/20_distill.ipynb #92f10eb3
+def _check_reloads(student: Classifier, texts: list[str]) -> None:
+    "Raise unless the student, saved and loaded, answers the same: better before hours of training."
+    try:
+        expected = student.logits(texts)
+        with tempfile.TemporaryDirectory() as folder:
+            found = load(save(student, Path(folder) / "student")).logits(texts)
+    except EcomoptError: raise
+    except Exception as error:
+        what = f"{type(student.model).__name__} cannot be saved and loaded with these layers: "
+        do = "Keep other layers, or distill into another model."
+        raise EcomoptError(what + _first_line(error), "distill", do) from error
+    if not torch.allclose(found, expected, atol=1e-4):
+        what = f"{type(student.model).__name__}, saved and loaded, gives other logits."
+        raise EcomoptError(what, "distill", "Keep other layers, or distill into another model.")
+
 # %% ../../nbs/compress/20_distill.ipynb #3cf18777
 def _train(
     teacher: Classifier,
@@ -392,9 +437,9 @@ def _train(
     callbacks: list,
     directory: Path,
 ) -> None:
-    "Train a copy of the student and save it."
+    "Train the student and save it."
     set_seed(args.seed)
-    student = _trainable_copy(student)
+    _check_reloads(student, texts[:8])
     rows = tokenized(student, Dataset.from_dict({"text": texts, "label": labels}))
     if loss["hidden"] or loss["cosine"] or loss["attention"]:
         loss = dict(loss, teacher_model=_matchable_teacher(teacher, student))
@@ -405,6 +450,28 @@ def _train(
     collator = DataCollatorWithPadding(student.tokenizer)
     run(DistillationTrainer(student.model, args, data_collator=collator, **options))
     save(student, directory / "student")
+
+# %% ../../nbs/compress/20_distill.ipynb #d073cb3e
+def _distill(
+    teacher: Classifier,
+    student: Classifier,
+    task: Task,
+    data: tuple[list[str], list[int]],
+    args: TrainingArguments,
+    loss: dict,
+    callbacks: list,
+    select_best: bool,
+) -> Classifier:
+    "Train a copy of the student, or read it from the cache."
+    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student))
+    key["data"] = _digest(list(data))
+    student = _trainable_copy(student)
+    if select_best: callbacks = [*callbacks, _BestEpoch(student, task)]
+    train = partial(_train, teacher, student, *data, args, loss, callbacks)
+    with _training: path = _cached_training("distill", key, args, callbacks, train)
+    result = load(path / "student")
+    _warn_unpredicted(result, task)
+    return result
 
 # %% ../../nbs/compress/20_distill.ipynb #8981e8a5
 def distill(
@@ -418,15 +485,14 @@ def distill(
     temperature: float = 2.0,                       # T > 0
     alpha: float = 0.9,                             # weight of the soft loss, 0…1
     seed: int = 0,                                  # of augmentation and the order of the data
+    select_best: bool = False,                      # keep the epoch that scores best on validation
     callbacks: Sequence = (),                       # `transformers.TrainerCallback`s
     **others,                                       # of `DistillationTrainer`, `TrainingArguments`
 ) -> Classifier:                                    # the trained student
     "Distill a teacher into a smaller student; a finished training is read from the cache."
+    _check_classifier(teacher, "teacher")
     loss = _loss_arguments(temperature, alpha, others)
-    student = _make_student(teacher, task, student)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    texts, labels = _training_texts(task, augment, seed)
-    key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student))
-    key["data"] = _digest([texts, labels])
-    train = partial(_train, teacher, student, texts, labels, args, loss, list(callbacks))
-    return load(_cached_training("distill", key, args, callbacks, train) / "student")
+    student = _make_student(teacher, task, student)
+    data = _training_texts(task, augment, seed)
+    return _distill(teacher, student, task, data, args, loss, list(callbacks), select_best)

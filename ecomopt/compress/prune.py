@@ -7,7 +7,9 @@ __all__ = ['prunable_layers', 'compute_sparsity', 'pruning_masks', 'prune', 'Mas
 
 # %% ../../nbs/compress/21_prune.ipynb #72be2be0
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from numbers import Integral, Real
 
 import torch
@@ -16,18 +18,187 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .. import EcomoptError
 from .distill import transformer_layers
+from ..core.artifact import Rebuildable
+from ..core.checks import _first_line, _text_rows
 from ..core.train import Classifier
 
+# %% ../../nbs/compress/21_prune.ipynb #b477d008
+class _Step:
+    "A step that changes a copy of a model, and checks what the copy computes."
+    probe = (
+        "good",
+        "The battery is good, but the screen broke after two days.",
+        "Never again: slow, loud and expensive!",
+    )
+    tables = "quantize(linear=False)", "share_weights(bits=None)"  # these leave the layers in float
+    made_by = {  # the step that makes each kind of module, the last one last
+        "PrunedLinear": "prune_structured",
+        "FirstTokenLayer": "prune_structured",
+        "QuantizedEmbedding": tables[0],
+        "SharedEmbedding": tables[1],
+        "FakeQuantLinear": "prepare_qat",
+        "SharedLinear": "share_weights",
+        "Int8Linear": "quantize",
+        "Int8Layer": "quantize",
+        "WeightOnlyLinear": "quantize_language_model",
+        "WeightOnlyLayer": "quantize_language_model",
+        "SharedInt8Linear": "codebooks_to_int8",
+        "StaticLinear": "calibrate",
+        "ConvertedModel": "convert",
+    }
+
+    def __init__(self,
+        name: str,     # the function
+        verb: str,     # what it does to a model
+        *before: str,  # steps that may have changed the model before
+    ):
+        self.name, self.verb, self.before = name, verb, {*before, *self.tables}
+
+    def check_order(self, model: nn.Module) -> None:
+        "Raise if the model was changed by a step that must not come before this one."
+        kinds = [[c.__name__ for c in type(m).__mro__ if c.__name__ in self.made_by]
+                 for m in model.modules()]
+        done = {self.made_by[names[0]] for names in kinds if names} - self.before
+        if not done: return
+        last = [step for step in self.made_by.values() if step in done][-1]
+        raise EcomoptError(
+            f"There is nothing to {self.verb}: the model was changed by {last} already.",
+            self.name,
+            f"Pass the model as it was before {last}. The order: prune_structured, prune, "
+            "prepare_qat or share_weights, then quantize (and calibrate) or convert.",
+        )
+
+    def check_texts(self, texts: Iterable[str], what: str) -> list[str]:
+        "The texts as a list; raises `what` if there are none, or a row is no text."
+        do = "Pass a list of texts, like those that will be classified."
+        try: rows = _text_rows(texts)
+        except EcomoptError as error:
+            what = f"{what}: {error.what[0].lower()}{error.what[1:]}"
+            raise EcomoptError(what, "argument texts", do) from error
+        if rows: return rows
+        raise EcomoptError(f"{what}.", "argument texts", do)
+
+    @staticmethod
+    def knows(module: nn.Module, kind: type[nn.Module]) -> bool:
+        "Is it exactly of this class, or of this library's for it, and does nothing else change it?"
+        if not isinstance(module, kind): return False
+        if not (type(module) is kind or isinstance(module, Rebuildable)): return False
+        special = "max_norm", "scale_grad_by_freq", "sparse"  # of an embedding table
+        if any(getattr(module, name, None) for name in special): return False
+        hooks = module._forward_pre_hooks or module._forward_hooks
+        return not hooks and "forward" not in vars(module)
+
+    @staticmethod
+    def copy(model: PreTrainedModel) -> PreTrainedModel:
+        "A copy in float32 and evaluation mode."
+        return _Step.to_float(copy.deepcopy(model).eval())
+
+    @staticmethod
+    def to_float(model: PreTrainedModel) -> PreTrainedModel:
+        "Convert a model to float32, in place; what this library packed stays as it is."
+        for name, p in model.named_parameters():
+            if not p.is_floating_point(): continue
+            p.data = p.data.float()
+            if p.isfinite().all(): continue
+            do = "Train or load the model again."
+            raise EcomoptError(f"The weights {name} are not finite.", type(model).__name__, do)
+        for module in model.modules():
+            if isinstance(module, Rebuildable): continue
+            for name, x in list(module.named_buffers(recurse=False)):
+                if x.is_floating_point(): setattr(module, name, x.float())
+        dtype = getattr(getattr(model, "config", None), "dtype", None)
+        if dtype not in (None, torch.float32): model.config.dtype = torch.float32
+        return model
+
+    @staticmethod
+    def swap(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+        "Replace modules under all their names; each name gets a module, with the same tensors."
+        used = set()
+        for name, old in list(model.named_modules(remove_duplicate=False)):
+            if old not in new: continue
+            module = copy.copy(new[old]) if new[old] in used else new[old]
+            model.set_submodule(name, module)
+            used.add(new[old])
+
+    def refuse(self, model: Classifier, why: str) -> EcomoptError:
+        "The error for a model that this step does not understand."
+        do = f"Use a BERT, DistilBERT, RoBERTa or LLaMA model, or leave {self.name} out."
+        what = f"unsupported architecture {type(model.model).__name__}: {why}."
+        return EcomoptError(what, self.name, do)
+
+    @torch.inference_mode()
+    def logits(
+        self, model: Classifier, when: str, texts: Iterable[str] = ()
+    ) -> torch.Tensor | None:
+        "Logits of a few texts; None if the tokenizer finds no tokens in them."
+        texts = list(texts)[:4] or list(self.probe)
+        try:
+            ids = [row for row in model.encode(texts) if row]
+            if not ids: return None
+            if isinstance(model, Classifier):
+                size = 1 if model.model.config.pad_token_id is None else 32
+                logits = model.logits(texts, size)
+            else:
+                row = torch.tensor([max(ids, key=len)], device=model.model.device)
+                logits = model.model(row, use_cache=False).logits.float()
+                logits = logits[..., row[0]]  # of these tokens alone: a vocabulary may shrink
+            if logits.isfinite().all(): return logits
+            raise EcomoptError("The logits are not finite.", "the model", "Look for NaN.")
+        except Exception as error:
+            if when == "before" and isinstance(error, EcomoptError): raise
+            why = f"{when} {self.name} it fails: {type(error).__name__}: {_first_line(error)}"
+            raise self.refuse(model, why) from error
+
+    def expected(
+        self, model: Classifier, functions: dict[nn.Module, Callable]
+    ) -> tuple[torch.Tensor | None, set[nn.Module]]:
+        "Logits with functions in the place of some modules, and those modules that were called."
+        called = set()
+
+        def call(module, *args, **kwargs):
+            called.add(module)
+            return functions[module](*args, **kwargs)
+
+        for module in functions: module.forward = partial(call, module)
+        try: logits = self.logits(model, "before")
+        finally:
+            for module in functions: del module.forward
+        if logits is None: called = set(functions)
+        weights = {m.weight for m in called}  # what is tied to them changes with them
+        called |= {m for m in functions if m.weight in weights}
+        if called: return logits, called
+        raise self.refuse(model, f"there is nothing to {self.verb} that is understood")
+
+    def check(
+        self,
+        model: Classifier,              # the changed copy
+        expected: torch.Tensor | None,  # its logits, computed another way
+        tolerance: float,               # of the difference, a fraction of their norm
+        texts: Iterable[str] = (),      # those of `expected`
+    ) -> Classifier:                    # the same copy
+        "Raise unless the logits are the expected ones."
+        logits = self.logits(model, "after", texts)
+        if logits is None or expected is None: return model
+        error = ((logits - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+        if error <= tolerance: return model
+        raise self.refuse(model, f"after {self.name} its logits are wrong by {error:.1%}")
+
 # %% ../../nbs/compress/21_prune.ipynb #4e5d4bca
+_PRUNE = _Step("prune", "prune", "prune_structured", "prepare_qat")
+
+
 def prunable_layers(
     model: PreTrainedModel,  # its layers must be one list
-) -> dict[str, nn.Linear]:   # by their names in the model; each weight [m, n]
+) -> dict[str, nn.Linear]:   # by their names in the model; each weight [m, n], tied ones once
     "Find what can be pruned: the linear layers inside a model's layers, in float."
-    layers = transformer_layers(model).modules()
-    linears = {module for module in layers if isinstance(module, nn.Linear)}
-    if linears: return {name: m for name, m in model.named_modules() if m in linears}
-    what = "There is nothing to prune: the layers have no linear layers in float."
-    raise EcomoptError(what, type(model).__name__, "Prune before you quantize.")
+    _PRUNE.check_order(model)
+    owners = {}
+    for module in transformer_layers(model).modules():
+        if _PRUNE.knows(module, nn.Linear): owners.setdefault(module.weight, module)
+    found = set(owners.values())
+    if found: return {name: m for name, m in model.named_modules() if m in found}
+    what = "There is nothing to prune: the layers have no nn.Linear."
+    raise EcomoptError(what, type(model).__name__, "Use a BERT or LLaMA model, in float.")
 
 
 def compute_sparsity(
@@ -104,19 +275,19 @@ def pruning_masks(
 
 # %% ../../nbs/compress/21_prune.ipynb #c6f3bcc9
 def prune(
-    classifier: Classifier,         # with float weights; it is not changed
+    classifier: Classifier,         # with float weights, after prune_structured; it is not changed
     sparsity: float,                # fraction of zeros in the layers, 0 ≤ s < 1, to one weight
     scope: str = "global",          # "global": all matrices compete; "local": each for itself
     importance: str = "magnitude",  # which weights are kept: "magnitude" or "random"
     seed: int = 0,                  # of "random"
-) -> Classifier:                    # a copy, in evaluation mode
+) -> Classifier:                    # a copy, in float32 and evaluation mode
     "Set the least important weights to zero, all at once (Han et al. 2015)."
     _check_arguments(scope, importance, sparsity=sparsity)
-    linears = prunable_layers(classifier.model)
-    _check_zeros(linears, sparsity, scope)
-    pruned = replace(classifier, model=copy.deepcopy(classifier.model).eval())
-    masks = pruning_masks(linears, sparsity, scope, importance, seed)
-    _apply(prunable_layers(pruned.model), masks)
+    _check_zeros(prunable_layers(classifier.model), sparsity, scope)
+    pruned = replace(classifier, model=_PRUNE.copy(classifier.model))
+    linears = prunable_layers(pruned.model)
+    _apply(linears, pruning_masks(linears, sparsity, scope, importance, seed))
+    _PRUNE.logits(pruned, "after")
     return pruned
 
 # %% ../../nbs/compress/21_prune.ipynb #5a09d4f5

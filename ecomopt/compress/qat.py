@@ -6,7 +6,6 @@
 __all__ = ['fake_quantize_per_channel', 'mse_scale', 'FakeQuantLinear', 'fake_quant_linear', 'prepare_qat']
 
 # %% ../../nbs/compress/26_qat.ipynb #78c7521a
-import copy
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import EcomoptError
+from .prune import _Step
 from .quantize import _check_bits, _check_classifier
 from .structured import PrunedLinear
 from ..core.train import Classifier
@@ -88,19 +88,19 @@ def fake_quant_linear(
     return new
 
 # %% ../../nbs/compress/26_qat.ipynb #51a3e22e
+_STEP = _Step("prepare_qat", "prepare", "prune_structured")
+
+
 def prepare_qat(
     classifier: Classifier,  # with float weights; it is left as it is
-    bits: int = 4,           # of a weight of every linear layer, 2…8
-) -> Classifier:             # a copy to be trained, and then given to `quantize`
+    bits: int = 4,           # of a weight, 2…8, of each nn.Linear (no subclass) that is called
+) -> Classifier:             # a copy in float32 to be trained, and then given to `quantize`
     "Replace all linear layers by fake-quantized ones (Jacob et al. 2018; Zafrir et al. 2019)."
     _check_bits(bits)
-    _check_classifier(classifier, "prepare_qat")
-    modules = classifier.model.named_modules()
-    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    if any(isinstance(module, FakeQuantLinear) for module in linears.values()):
-        problem = "The linear layers have few bits already."
-        raise EcomoptError(problem, "prepare_qat", "Pass the float model.")
-    model = copy.deepcopy(classifier.model)
-    for name in linears:
-        model.set_submodule(name, fake_quant_linear(model.get_submodule(name), bits))
-    return replace(classifier, model=model)
+    _check_classifier(classifier, _STEP)
+    student = replace(classifier, model=_STEP.copy(classifier.model))
+    linears = [m for m in student.model.modules() if _STEP.knows(m, nn.Linear)]
+    new = {m: fake_quant_linear(m, bits) for m in linears}
+    expected, called = _STEP.expected(student, {m: layer.forward for m, layer in new.items()})
+    _STEP.swap(student.model, {m: new[m] for m in called})
+    return _STEP.check(student, expected, 1e-3)

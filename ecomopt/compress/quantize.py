@@ -7,10 +7,10 @@ __all__ = ['quantize_per_channel', 'pack_bits', 'unpack_bits', 'activation_level
            'Int8Layer', 'QuantizedEmbedding', 'quantized_embedding', 'quantize']
 
 # %% ../../nbs/compress/23_quantize.ipynb #e9c2d44a
-import copy
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 from .. import EcomoptError
+from .prune import _Step
 from .structured import FirstTokenLayer
 from ..core.artifact import Rebuildable
 from ..core.train import Classifier
@@ -151,7 +152,7 @@ class Int8Linear(PackedModule):
         out: torch.Tensor | None = None,             # memory to overwrite, also that of `x`
         limits: tuple[float, float] | None = None,   # a range that contains `x`; None: its own
     ) -> tuple[torch.Tensor, float, int]:            # uint8 [..., n]; scale; zero point
-        "Quantize an input by its own range, or by a given one."
+        "Quantize an input by its own range, all texts of the batch together, or by a given one."
         return _quantize_input(x, out, limits)
 
     def integer_matmul(
@@ -176,6 +177,12 @@ class Int8Linear(PackedModule):
         return self.integer_matmul(self.quantize_input(x))
 
 # %% ../../nbs/compress/23_quantize.ipynb #90a71725
+def _integers(layer: nn.Linear, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Weights as integers, int8 [m, n], and their scales [m]; a layer may have its own."
+    if hasattr(layer, "integers"): return layer.integers()
+    return quantize_per_channel(layer.weight.detach().float(), bits)
+
+
 def int8_linear(
     *layers: nn.Linear,        # layers to replace; several of one input become one product
     activation: str = "none",  # applied to the output: "none" or "gelu"
@@ -183,10 +190,9 @@ def int8_linear(
 ) -> Int8Linear:               # with the same weights, one scale a row
     "Quantize a linear layer."
     bits = getattr(layers[0], "bits", bits)
-    quantized, biases = [], []
+    quantized = [_integers(layer, bits) for layer in layers]
+    biases = []
     for layer in layers:
-        if hasattr(layer, "integers"): quantized.append(layer.integers())
-        else: quantized.append(quantize_per_channel(layer.weight.detach().float(), bits))
         if layer.bias is None: biases.append(torch.zeros(layer.out_features))
         else: biases.append(layer.bias.detach().float())
     integers, scale = (torch.cat(part) for part in zip(*quantized))
@@ -259,12 +265,14 @@ class Int8Layer(Rebuildable):
 
 # %% ../../nbs/compress/23_quantize.ipynb #78d0f7d6
 _LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer", "TransformerBlock"}
+_STEP = _Step("quantize", "quantize", "prune_structured", "prepare_qat", "share_weights")
 
 
 def _parts(layer: nn.Module) -> dict | None:
     "The parts of an encoder layer that can be computed in integers as a whole."
     first = isinstance(layer, FirstTokenLayer)
-    if not (first or type(layer).__name__ in _LAYERS): return None
+    home = type(layer).__module__
+    if not (first or home.startswith("transformers.") and type(layer).__name__ in _LAYERS): return
     if getattr(layer, "is_decoder", False): return None
     if hasattr(layer, "intermediate"):  # BERT
         a, out = layer.attention.self, layer.attention.output
@@ -278,7 +286,7 @@ def _parts(layer: nn.Module) -> dict | None:
         others = a.out_lin, ffn.lin1, ffn.lin2
         norms = layer.sa_layer_norm, layer.output_layer_norm
         function = ffn.activation
-    is_linear = all(isinstance(linear, nn.Linear) for linear in (*qkv, *others))
+    is_linear = all(_STEP.knows(linear, nn.Linear) for linear in (*qkv, *others))
     if not (is_linear and isinstance(function, GELUActivation)): return None
     return dict(qkv=qkv, size=a.attention_head_size, others=others, norms=norms, first=first)
 
@@ -348,60 +356,77 @@ def quantized_embedding(
     return new
 
 # %% ../../nbs/compress/23_quantize.ipynb #5a02b43b
-def _replace(model: nn.Module, bits: int) -> None:
-    "Quantize, in place, what is still in float: encoder layers, other linear layers, small tables."
-    for name, module in list(model.named_modules()):
-        if parts := _parts(module): model.set_submodule(name, _int8_layer(**parts, bits=bits))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, int8_linear(module, bits=bits))
-        if isinstance(module, nn.Embedding):
-            model.set_submodule(name, quantized_embedding(module))
+def _tables(model: nn.Module, embedding_bits: int, small: bool) -> dict[nn.Module, nn.Module]:
+    "The quantized tables of the word embeddings and, if wanted, of all others; tied ones are one."
+    words = getattr(model.get_input_embeddings(), "weight", None)
+    found = [m for m in model.modules() if _STEP.knows(m, nn.Embedding)]
+    found = [m for m in found if small or m.weight is words]
+    tables = {}
+    for m in found:
+        if m.weight in tables: continue
+        tables[m.weight] = quantized_embedding(m, embedding_bits if m.weight is words else 8)
+    return {m: tables[m.weight] for m in found}
 
 
-def _matrix_parameters(model: nn.Module, kind: type[nn.Module]) -> int:
-    "How many parameters modules of a kind own in tensors of two dimensions or more."
-    modules = [module for module in model.modules() if isinstance(module, kind)]
+def _emulate(layer: nn.Linear, bits: int, x: torch.Tensor) -> torch.Tensor:
+    "Equation (4) in float, with rounded weights and inputs."
+    integers, scale = _integers(layer, bits)
+    x, s, z = _quantize_input(x)
+    return F.linear((x.float() - z) * s, integers * scale[:, None], layer.bias)
+
+
+def _matrix_parameters(modules: Iterable[nn.Module]) -> int:
+    "How many parameters modules own in tensors of two dimensions or more."
     own = [p for module in modules for p in module.parameters(recurse=False)]
     return sum(p.numel() for p in own if p.dim() > 1)
 
 # %% ../../nbs/compress/23_quantize.ipynb #92e7d7ba
 def _check_classifier(
-    classifier: Classifier,    # to be quantized
-    where: str = "quantize",   # the place to name
+    classifier: Classifier,  # to be quantized
+    step: _Step = _STEP,     # the step to name
 ) -> None:
     "Refuse what is no classifier, is quantized already, or has few weights in `nn.Linear`."
     if not isinstance(classifier, Classifier):
-        kind = type(classifier).__name__
-        do = "Pass what finetune or load_model gives."
-        raise EcomoptError(f"{kind} is no classifier.", "argument classifier", do)
-    model = classifier.model
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise EcomoptError("The model is quantized already.", where, "Pass the float model.")
-    kinds = nn.Linear, nn.Embedding, nn.Module
-    linear, embedding, total = (_matrix_parameters(model, kind) for kind in kinds)
-    if 2 * linear < total - embedding or not linear:
-        raise EcomoptError(
-            f"unsupported architecture {type(model).__name__}: its projections are not nn.Linear.",
-            where,
-            "Use a BERT, DistilBERT, RoBERTa or LLaMA classifier.",
-        )
+        what = f"{type(classifier).__name__} is no classifier."
+        raise EcomoptError(what, "argument classifier", "Pass what finetune or load_model gives.")
+    step.check_order(classifier.model)
+    modules = list(classifier.model.modules())
+    linear = _matrix_parameters(m for m in modules if step.knows(m, nn.Linear))
+    tables = _matrix_parameters(m for m in modules if isinstance(m, nn.Embedding))
+    if linear and 2 * linear >= _matrix_parameters(modules) - tables: return
+    raise step.refuse(classifier, "its projections are not nn.Linear")
+
+
+def _new_layers(model: nn.Module, linears: set[nn.Module], bits: int) -> dict[nn.Module, nn.Module]:
+    "Int8 layers: whole encoder layers where they are known, single linear layers elsewhere."
+    new = {}
+    for layer in model.modules():
+        parts = _parts(layer)
+        if parts and linears.issuperset([*parts["qkv"], *parts["others"]]):
+            new[layer] = _int8_layer(**parts, bits=bits)
+    inside = {m for layer in new for m in layer.modules()}
+    return new | {m: int8_linear(m, bits=bits) for m in linears - inside}
 
 # %% ../../nbs/compress/23_quantize.ipynb #b80daf10
 def quantize(
-    classifier: Classifier,   # with float weights; it is left as it is
+    classifier: Classifier,   # left as it is; subclasses of nn.Linear, nn.Embedding stay in float
     embedding_bits: int = 8,  # of a word embedding's weights, 2…8; small tables have 8
     linear: bool = True,      # False: the word embeddings alone; the rest may still be trained
     *,
     bits: int = 8,            # of other weights, 2…8; a layer trained for some number keeps it
-) -> Classifier:              # a copy, on the CPU
+) -> Classifier:              # a copy, on the CPU; its last digits depend on the rest of the batch
     "Quantize linear layers and embeddings to integers (Jacob et al. 2018; Zafrir et al. 2019)."
     _check_bits(bits)
     _check_bits(embedding_bits, "argument embedding_bits")
     _check_classifier(classifier)
-    model = copy.deepcopy(classifier.model).float().cpu().eval()
-    words = model.get_input_embeddings()
-    if type(words) is nn.Embedding:
-        model.set_input_embeddings(quantized_embedding(words, embedding_bits))
-    if linear: _replace(model.requires_grad_(False), bits)
-    return replace(classifier, model=model)
+    model = _STEP.copy(classifier.model).cpu()
+    if linear: model.requires_grad_(False)
+    small = replace(classifier, model=model)
+    tables = _tables(model, embedding_bits, linear)
+    linears = {m for m in model.modules() if linear and _STEP.knows(m, nn.Linear)}
+    functions = {m: table.forward for m, table in tables.items()}
+    functions |= {m: partial(_emulate, m, bits) for m in linears}
+    expected, called = _STEP.expected(small, functions)
+    new = {m: table for m, table in tables.items() if m in called}
+    _STEP.swap(model, new | _new_layers(model, linears & called, bits))
+    return _STEP.check(small, expected, 0.1)

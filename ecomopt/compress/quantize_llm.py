@@ -7,8 +7,8 @@ __all__ = ['quantize_per_group_asymmetric', 'WeightOnlyLinear', 'weight_only_lin
            'quantize_language_model']
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #da55324a
-import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import EcomoptError
 from .distill import transformer_layers
+from .prune import _Step
 from ecomopt.compress.quantize import (
     PackedModule,
     QuantizedEmbedding,
@@ -81,11 +82,14 @@ class WeightOnlyLinear(PackedModule):
         offset = (low + 8 * scale).bfloat16()[..., None]
         return torch.addcmul(offset, integers.bfloat16(), scale.bfloat16()[..., None]).flatten(1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., n] → [..., m], in the dtype of x
-        "Multiply few rows by the packed integers, many by the dequantized weights."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, L, n] → [B, L, m], in x's dtype
+        "Multiply few tokens by the packed integers, many by the dequantized weights."
         rows = x.reshape(-1, self.in_features).bfloat16()
         ops, (weight, scale) = torch.ops.aten, self._packed_weight()
-        if len(rows) > (16 if self.bits == 8 else 128): y = F.linear(rows, self.dequantize())
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        if tokens > (16 if self.bits == 8 else 128):  # a text at a time: B changes no result
+            W = self.dequantize()
+            y = torch.cat([F.linear(text, W) for text in rows.split(tokens)])
         elif self.bits == 8: y = ops._weight_int8pack_mm(rows, weight, scale)
         else: y = ops._weight_int4pack_mm_for_cpu(rows, weight, self.group, scale)
         y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -196,18 +200,26 @@ def _quantized_layer(old: nn.Module, bits: int, group: int) -> WeightOnlyLayer:
 # %% ../../nbs/compress/27_quantize_llm.ipynb #6c763391
 _ATTENTION = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 _PROJECTIONS = *_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+_STEP = _Step("quantize_language_model", "quantize", "prune_structured")
 
 
-def _is_llama(layer: nn.Module) -> bool:
-    "Can the layer be replaced by a `WeightOnlyLayer`?"
-    if type(layer).__name__ != "LlamaDecoderLayer": return False
+def _is_llama(layer: nn.Module, known: set[nn.Module]) -> bool:
+    "Can the layer be replaced by a `WeightOnlyLayer`? Its projections must be known."
+    home, name = type(layer).__module__, type(layer).__name__
+    if not home.startswith("transformers.") or name != "LlamaDecoderLayer": return False
     if layer.self_attn.config.hidden_act != "silu": return False
-    return all(isinstance(layer.get_submodule(name), nn.Linear) for name in _PROJECTIONS)
+    return all(layer.get_submodule(name) in known for name in _PROJECTIONS)
+
+
+def _emulate(layer: nn.Linear, bits: int, group: int, x: torch.Tensor) -> torch.Tensor:
+    "A product in bfloat16 with the weights that come back."
+    W = weight_only_linear(layer, bits=bits, group=group).dequantize()
+    y = F.linear(x.bfloat16(), W).to(x.dtype)
+    return y if layer.bias is None else y + layer.bias
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #2dbae2cc
 def _check(lm: LanguageModel, bits: int, group: int) -> None:
     "Raise on invalid arguments, before any work."
-    where = "quantize_language_model"
     if not isinstance(lm, LanguageModel):
         todo = "Pass what load_language_model gives; a classifier goes to quantize."
         raise EcomoptError(f"{type(lm).__name__} is no language model.", "argument lm", todo)
@@ -216,33 +228,34 @@ def _check(lm: LanguageModel, bits: int, group: int) -> None:
     if group not in (32, 64, 128, 256):
         todo = "Give 32, 64, 128 or 256."
         raise EcomoptError(f"Groups of {group!r}.", "argument group", todo)
-    if any(isinstance(m, (WeightOnlyLinear, QuantizedEmbedding)) for m in lm.model.modules()):
-        raise EcomoptError("The model is quantized already.", where, "Pass the float model.")
-    if not any(isinstance(m, nn.Linear) for m in transformer_layers(lm.model).modules()):
+    _STEP.check_order(lm.model)
+    if not any(_STEP.knows(m, nn.Linear) for m in transformer_layers(lm.model).modules()):
         what = f"unsupported architecture {type(lm.model).__name__}: it has no nn.Linear layers."
-        raise EcomoptError(what, where, "Use a LLaMA-like model.")
+        raise EcomoptError(what, _STEP.name, "Use a LLaMA-like model.")
 
 # %% ../../nbs/compress/27_quantize_llm.ipynb #1623fd02
 def quantize_language_model(
     lm: LanguageModel,  # with float weights; it is left as it is
     bits: int = 8,      # of a weight of the layers: 8, or 4; embedding and head have 8
     group: int = 32,    # with 4 bits: neighbours in a row that share a scale
-) -> LanguageModel:     # a copy, on the CPU
+) -> LanguageModel:     # a copy, on the CPU; logits depend on the padding, not on other texts
     "Quantize the weights, not the activations (Frantar et al. 2023; Dettmers & Zettlemoyer 2023)."
     _check(lm, bits, group)
-    model = copy.deepcopy(lm.model).float().cpu().eval().requires_grad_(False)
+    model = _STEP.copy(lm.model).cpu().requires_grad_(False)
+    small, layers = replace(lm, model=model), transformer_layers(model)
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = transformer_layers(model)
-    for i, layer in enumerate(layers):
-        if _is_llama(layer): layers[i] = _quantized_layer(layer, bits, group)
-    for name, module in list(layers.named_modules()):
-        if not isinstance(module, nn.Linear): continue
-        layers.set_submodule(name, weight_only_linear(module, bits=bits, group=group))
-    new = weight_only_linear(head, bits=8)
-    rows = QuantizedEmbedding(*words.weight.shape, bits=8, group=words.embedding_dim)
-    is_tied = head.weight is words.weight
-    rows.weight, scale = (new.weight, new.scale) if is_tied else quantize_per_channel(words.weight)
-    rows.scale = scale[:, None].half()
-    model.set_output_embeddings(new)
-    model.set_input_embeddings(rows)
-    return replace(lm, model=model)
+    linears = {m: bits for m in layers.modules() if _STEP.knows(m, nn.Linear)}
+    if _STEP.knows(head, nn.Linear): linears[head] = 8
+    functions = {m: partial(_emulate, m, b, group) for m, b in linears.items()}
+    if _STEP.knows(words, nn.Embedding):
+        rows = QuantizedEmbedding(*words.weight.shape, bits=8, group=words.embedding_dim)
+        rows.weight, scale = quantize_per_channel(words.weight)
+        rows.scale, functions[words] = scale[:, None].half(), rows.forward
+    expected, called = _STEP.expected(small, functions)
+    new = {m: _quantized_layer(m, bits, group) for m in layers if _is_llama(m, called)}
+    for m in called - {part for layer in new for part in layer.modules()}:
+        if m is words: new[m] = rows
+        else: new[m] = weight_only_linear(m, bits=linears[m], group=group)
+    if {words, head} <= new.keys() and head.weight is words.weight: rows.weight = new[head].weight
+    _STEP.swap(model, new)
+    return _STEP.check(small, expected, 0.25)

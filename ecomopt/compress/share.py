@@ -7,7 +7,6 @@ __all__ = ['kmeans', 'pack_indices', 'unpack_indices', 'SharedLinear', 'SharedEm
            'codebooks_to_int8']
 
 # %% ../../nbs/compress/24_share.ipynb #8265fe71
-import copy
 import zlib
 from dataclasses import replace
 from math import gcd, prod
@@ -18,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import EcomoptError
+from .prune import _Step
 from .quantize import Int8Linear, PackedModule, _check_bits, quantize
-from .structured import PrunedLinear
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/24_share.ipynb #4f18541d
@@ -275,9 +274,13 @@ def _check_classifier(model: Classifier) -> None:
         raise EcomoptError(f"{name} is no classifier.", "the first argument", todo)
 
 
+_STEP = _Step("share_weights", "share", *set(_Step.made_by.values()) - {"prepare_qat", "convert"})
+
+
 def _is_shareable(name: str, module: nn.Module) -> bool:
     "Whether there are weights to share; raises if there are weights that cannot be."
-    if type(module) in (nn.Linear, PrunedLinear, nn.Embedding): return True
+    if not isinstance(module, _Shared):
+        if _STEP.knows(module, nn.Linear) or _STEP.knows(module, nn.Embedding): return True
     is_layer = any(hasattr(module, size) for size in ("in_features", "num_embeddings"))
     if is_layer or any(p.dim() > 1 for p in module.parameters(recurse=False)):
         kind = type(module).__name__
@@ -295,10 +298,12 @@ def _plan(
 ) -> dict[str, tuple[int, int]]:
     "Bits and group of each module whose weights will be shared."
     plan, words = {}, model.get_input_embeddings()
+    same = getattr(words, "weight", None)  # other tables may be tied to it
     for name, module in model.named_modules():
-        wanted = embedding_bits if module is words else bits
+        is_words = module is words or same is not None and getattr(module, "weight", 0) is same
+        wanted = embedding_bits if is_words else bits
         if wanted is None or not _is_shareable(name, module): continue
-        is_small = isinstance(module, nn.Embedding) and module is not words
+        is_small = isinstance(module, nn.Embedding) and not is_words
         n = module.weight.numel()
         b, g = (8, n) if is_small else (wanted, group or n)
         if n % g:
@@ -320,15 +325,19 @@ def share_weights(
     init: str = "linear",            # of k-means: evenly over the range, or "random": drawn weights
     huffman: bool = True,            # Huffman-code the indices where that is shorter than packing
     seed: int = 0,                   # of "random"
-) -> Classifier:                     # a copy, in evaluation mode, whose codebooks can be trained
+) -> Classifier:                     # a copy, float32, evaluation mode; codebooks can be trained
     "Share weights through codebooks (Han, Mao and Dally 2016, section 3)."
     _check_classifier(classifier)
     _check(bits, embedding_bits, group, init)
+    _STEP.check_order(classifier.model)
     plan = _plan(classifier.model, bits, embedding_bits, group)
-    model = copy.deepcopy(classifier.model).eval()
-    for name, (b, g) in plan.items():
-        model.set_submodule(name, _share(model.get_submodule(name), b, g, init, huffman, seed))
-    return replace(classifier, model=model)
+    small = replace(classifier, model=_STEP.copy(classifier.model))
+    old = {small.model.get_submodule(name): how for name, how in plan.items()}
+    new = {(type(m), m.weight): _share(m, *how, init, huffman, seed) for m, how in old.items()}
+    new = {m: new[type(m), m.weight] for m in old}
+    expected, called = _STEP.expected(small, {m: shared.forward for m, shared in new.items()})
+    _STEP.swap(small.model, {m: new[m] for m in called})
+    return _STEP.check(small, expected, 1e-3)
 
 # %% ../../nbs/compress/24_share.ipynb #a539b273
 class SharedInt8Linear(_Shared, Int8Linear):
@@ -381,11 +390,14 @@ def codebooks_to_int8(
             "Pass what share_weights gave.",
         )
     quantized = quantize(shared)
-    layers = iter([m for m in shared.model.modules() if isinstance(m, nn.Linear)])
+    expected = _STEP.logits(quantized, "before")
+    left = {name for name, m in quantized.model.named_modules() if isinstance(m, nn.Linear)}
+    both = [(name, m) for name, m in shared.model.named_modules() if isinstance(m, nn.Linear)]
+    layers = iter([m for name, m in both if name not in left])
     for name, module in list(quantized.model.named_modules()):
         if not isinstance(module, Int8Linear): continue
         parts = [next(layers)]  # both models have their layers in the same order
         while sum(part.out_features for part in parts) < module.out_features:
             parts.append(next(layers))
         quantized.model.set_submodule(name, _to_shared_int8(module, parts))
-    return quantized
+    return _STEP.check(quantized, expected, 1e-3)

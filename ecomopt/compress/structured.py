@@ -23,10 +23,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import EcomoptError
 from .distill import keep_layers, select_layers, transformer_layers
+from .prune import _Step
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.generate import LanguageModel
-from ..core.train import Classifier
+from ..core.train import Classifier, _token_ids
 
 # %% ../../nbs/compress/22_structured.ipynb #27e923da
 _PARTS = {
@@ -128,12 +129,11 @@ def _taylor(
     return [score / len(rows) for score in scores]
 
 # %% ../../nbs/compress/22_structured.ipynb #8ad91689
-def _prune_by_importance(
+def _keep_important(
     classifier: Classifier, plan: list[_Units], importance: str, task: Task | None, seed: int
-) -> None:
-    "Keep the most important units of each layer."
-    layers = transformer_layers(classifier.model)
-    config = classifier.model.config
+) -> list[torch.Tensor]:
+    "Choose the units to keep, and set the output weights of all others to zero."
+    layers = transformer_layers(_STEP.to_float(classifier.model))
     if importance == "taylor":
         scores = _taylor(classifier, layers, plan, task)
     elif importance == "magnitude":
@@ -141,13 +141,13 @@ def _prune_by_importance(
     else:
         generator = torch.Generator().manual_seed(seed)
         scores = [torch.rand(units.total, generator=generator) for units in plan]
-    widths = {units.keep for units in plan if units.kind == "neurons"}
-    if len(widths) == 1: setattr(config, _PARTS[config.model_type]["width"], *widths)
+    keeps = []
     for units, score in zip(plan, scores):
-        in_config = units.kind == "neurons" and len(widths) == 1
-        keep = score.topk(units.keep).indices.sort().values
-        cls = nn.Linear if in_config else PrunedLinear
-        _prune_units(layers[units.layer], units, keep, cls)
+        best = score.argsort(descending=True)
+        output = layers[units.layer].get_submodule(units.names[-1])
+        output.weight.data.unflatten(1, (units.total, -1))[:, best[units.keep:]] = 0
+        keeps.append(best[:units.keep].sort().values)
+    return keeps
 
 # %% ../../nbs/compress/22_structured.ipynb #354b97f7
 class FirstTokenLayer(Rebuildable):
@@ -243,9 +243,9 @@ def _trim_vocabulary(classifier: Classifier, texts: list[str]) -> Classifier:
     model, before = classifier.model, classifier.encode(texts)
     used = {i for row in before for i in row}
     tokenizer, ids = _trim_tokenizer(classifier.tokenizer, used)
-    small = replace(classifier, tokenizer=tokenizer)
     new = {old: i for i, old in enumerate(ids)}
-    if small.encode(texts) != [[new[i] for i in row] for row in before]:
+    after = _token_ids(tokenizer, texts, classifier.max_length)
+    if after != [[new[i] for i in row] for row in before]:
         what = "The trimmed tokenizer tokenizes the texts in another way."
         raise EcomoptError(what, type(tokenizer).__name__, "Leave texts out.")
     special = _special_tokens(model)
@@ -257,24 +257,31 @@ def _trim_vocabulary(classifier: Classifier, texts: list[str]) -> Classifier:
     model.get_input_embeddings().padding_idx = new.get(padding)
     for config, name, i in special:
         setattr(config, name, [new[j] for j in i] if isinstance(i, list) else new.get(i))
-    return small
+    return replace(classifier, tokenizer=tokenizer)
 
 # %% ../../nbs/compress/22_structured.ipynb #e5ca1e7e
+_STEP = _Step("prune_structured", "prune", "prune_structured")
+
+
 def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
     "The texts as a list, if they are texts and the vocabulary can be trimmed."
-    texts = texts if isinstance(texts, str) else list(texts)
-    where = "argument texts"
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-        do = "Pass a list of one text or more, such as the model will be used for."
-        raise EcomoptError("These are not texts.", where, do)
+    texts = _STEP.check_texts(texts, "These are not texts")
     backend = getattr(classifier.tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ not in ("WordPiece", "BPE"):
         what = "Only vocabularies of fast WordPiece and byte-pair tokenizers can be trimmed."
         raise EcomoptError(what, type(classifier.tokenizer).__name__, "Leave texts out.")
     if type(classifier.model.get_input_embeddings()) is not nn.Embedding:
         what = "The embedding is of another kind, perhaps quantized."
-        raise EcomoptError(what, where, "Prune first, then quantize.")
+        raise EcomoptError(what, "argument texts", "Prune first, then quantize.")
     return texts
+
+
+def _check(classifier: Classifier, texts, first_token: bool, importance: str, task) -> list[str]:
+    "Raise for what cannot be pruned; gives the texts as a list."
+    _STEP.check_order(classifier.model)
+    _check_model(classifier.model, first_token)
+    _check_importance(classifier, importance, task)
+    return [] if texts is None else _check_texts(classifier, texts)
 
 # %% ../../nbs/compress/22_structured.ipynb #dde53b61
 def _plan_layer(model: PreTrainedModel, layer: nn.Module, i: int, kind: str, keep: int) -> _Units:
@@ -282,7 +289,7 @@ def _plan_layer(model: PreTrainedModel, layer: nn.Module, i: int, kind: str, kee
     config, where = model.config, f"argument {kind}, layer {i}"
     names = _PARTS[config.model_type][kind]
     linears = [layer.get_submodule(name) for name in names]
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
+    if not all(_STEP.knows(linear, nn.Linear) for linear in linears):
         what = "The layer has linear layers of another kind, perhaps quantized."
         raise EcomoptError(what, where, "Prune first, then quantize.")
     rows = [linear.out_features for linear in linears[:-1]]
@@ -312,6 +319,16 @@ def _plan(model: PreTrainedModel, kept: list[int], **wanted) -> list[_Units]:
         pairs = enumerate(zip(layers, keep))
         plan += [_plan_layer(model, layer, i, kind, number) for i, (layer, number) in pairs]
     return plan
+
+
+def _remove_units(model: PreTrainedModel, plan: list[_Units], keeps: list[torch.Tensor]) -> None:
+    "Remove the units that are not kept; one width for all layers stands in the configuration."
+    layers, config = transformer_layers(model), model.config
+    widths = {units.keep for units in plan if units.kind == "neurons"}
+    if len(widths) == 1: setattr(config, _PARTS[config.model_type]["width"], *widths)
+    for units, keep in zip(plan, keeps):
+        is_plain = units.kind == "neurons" and len(widths) == 1
+        _prune_units(layers[units.layer], units, keep, nn.Linear if is_plain else PrunedLinear)
 
 # %% ../../nbs/compress/22_structured.ipynb #ebdb605e
 def _check_model(model: PreTrainedModel, first_token: bool) -> None:
@@ -351,17 +368,17 @@ def prune_structured(
     importance: str = "magnitude",               # or "taylor", which needs task, or "random"
     task: Task | None = None,                    # its train split is used for "taylor"
     seed: int = 0,                               # of "random"
-) -> Classifier | LanguageModel:                 # the smaller model, in evaluation mode
+) -> Classifier | LanguageModel:                 # the smaller one, in float32 and evaluation mode
     "Remove layers, neurons, heads and vocabulary rows (Michel et al. 2019)."
-    _check_model(classifier.model, first_token)
-    _check_importance(classifier, importance, task)
-    if texts is not None: texts = _check_texts(classifier, texts)
+    texts = _check(classifier, texts, first_token, importance, task)
     total = len(transformer_layers(classifier.model))
     kept = select_layers(total if layers is None else layers, total)
     plan = _plan(classifier.model, kept, heads=heads, neurons=neurons)
     small = keep_layers(classifier, kept)
-    _prune_by_importance(small, plan, importance, task, seed)
-    if texts is not None: small = _trim_vocabulary(small, texts)
+    keeps = _keep_important(small, plan, importance, task, seed)
+    expected = _STEP.logits(small, "before", texts)
+    _remove_units(small.model, plan, keeps)
+    if texts: small = _trim_vocabulary(small, texts)
     stack = transformer_layers(small.model)
     if first_token: stack[-1] = FirstTokenLayer(stack[-1])
-    return small
+    return _STEP.check(small, expected, 1e-3, texts)

@@ -11,12 +11,15 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -74,72 +77,225 @@ def unpack(
         raise EcomoptError(what, where, "Fetch it again.") from error
 
 # %% ../../nbs/core/10_assets.ipynb #d829f77a
-def _disk_is_full(error: Exception, folder: Path) -> bool:
-    "Is a full disk the cause? safetensors says so only in its message, `torch.save` not at all."
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT): return True
-    if "os error 28" in str(error): return True
-    return folder.exists() and shutil.disk_usage(folder).free < 2**20
+_REASONS = {  # error number → why nothing can be written, and what helps
+    errno.ENOSPC: ("the disk is full", "Free some space there"),
+    errno.EDQUOT: ("the disk quota is used up", "Delete some of your files there"),
+    errno.EACCES: ("you may not write there", "Ask for permission to write there"),
+    errno.EPERM: ("you may not write there", "Ask for permission to write there"),
+    errno.EROFS: ("the disk is read-only", "Mount it so that it can be written"),
+    errno.ENAMETOOLONG: ("a name is too long", "Shorten the name"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "Move that file away"),
+    errno.EEXIST: ("a part of the path is a file, not a folder", "Move that file away"),
+    errno.EIO: ("the disk reports a fault", "Check the disk"),
+}
 
-# %% ../../nbs/core/10_assets.ipynb #e566139d
-@contextmanager
-def _atomic_folder(
-    path: Path,  # the folder to make; it does not exist yet
-) -> Iterator[Path]:
-    "Write into `path.part`; it becomes `path` if the block succeeds, and is removed if it fails."
-    part = path.with_name(f"{path.name}.part")
+
+def _elsewhere(path: Path) -> str:
+    "How to write to another disk, by the place that cannot be written."
+    places = {"ECOMOPT_CACHE": cache_dir(), "TMPDIR": Path(os.environ.get("TMPDIR") or "/tmp")}
+    for variable, place in places.items():
+        if path.absolute().is_relative_to(place.absolute()):
+            other = "" if variable == "ECOMOPT_CACHE" else "name another path, or "
+            return f"{other}set {variable} to a folder on another disk"
+    return "name another path"
+
+# %% ../../nbs/core/10_assets.ipynb #198f4781
+def _error_number(error: Exception, folder: Path) -> int | None:
+    "The number of a system error; safetensors has it in its message only, `torch.save` not at all."
+    if isinstance(error, OSError) and error.errno: return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    if found: return int(found[1])
+    is_full = folder.exists() and shutil.disk_usage(folder).free < 2**20
+    return errno.ENOSPC if is_full else None
+
+
+def _write_error(error: Exception, path: Path) -> EcomoptError:
+    "What to tell about a folder that cannot be written."
+    reason, do = _REASONS.get(
+        _error_number(error, path.parent),
+        (getattr(error, "strerror", None) or str(error), "Correct that"),
+    )
+    what = f"This cannot be written: {reason}. Nothing was kept of unfinished work."
+    return EcomoptError(what, str(path), f"{do}, or {_elsewhere(path)}.")
+
+
+def _is_about(error: Exception, path: Path) -> bool:
+    "Whether an error comes from writing to `path`, not from what else a block did."
+    if isinstance(error, EcomoptError): return False
+    if not getattr(error, "filename", None): return _error_number(error, path.parent) in _REASONS
+    place = Path(os.fsdecode(error.filename))
+    return place.is_relative_to(path.parent) or path.is_relative_to(place)
+
+# %% ../../nbs/core/10_assets.ipynb #ffbe7b75
+def _lock(folder: Path, wait: bool) -> int | None:
+    "Lock a folder as long as this process lives; None if it cannot be locked."
     try:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
-        part.mkdir(parents=True)
-        yield part
-        part.rename(path)
-    except Exception as error:
-        if not _disk_is_full(error, part): raise
-        raise EcomoptError(
-            "The disk is full; nothing was kept of the unfinished work.",
-            str(path),
-            "Free some space there, or set ECOMOPT_CACHE to a folder on a larger disk.",
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        import fcntl  # not on Windows
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError): return None
+    try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it, or a network disk has no locks
+        os.close(handle)
+        return None
+    return handle
 
-# %% ../../nbs/core/10_assets.ipynb #1a096ec0
+
+def _flush(folder: Path) -> None:
+    "Wait until all files are on the disk: after a power cut, a rename may outlive their content."
+    for file in folder.rglob("*"):
+        if not file.is_file(): continue
+        handle = os.open(file, os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
+
+# %% ../../nbs/core/10_assets.ipynb #743183c7
 def cache_dir() -> Path:  # $ECOMOPT_CACHE, or ~/.cache/ecomopt
     "The folder that holds fetched assets and finished work; it may be deleted at any time."
     return Path(os.environ.get("ECOMOPT_CACHE") or "~/.cache/ecomopt").expanduser()
 
 
-def _once(path: Path, build: Callable[[Path], None]) -> Path:
-    "Build the folder `path` unless it exists; of several processes, one builds, the others wait."
+def _scratch_folder(path: Path) -> tuple[Path, int | None]:
+    "A new, locked folder beside `path`, and its lock."
+    while True:
+        part = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.part")
+        part.mkdir()
+        lock = _lock(part, wait=True)
+        if part.exists(): return part, lock
+        if lock is not None: os.close(lock)  # removed as stale before it was locked
+
+
+def _scratch_folders(path: Path, suffix: str) -> list[Path]:
+    "The folders of unfinished work on `path`, of all processes."
+    pattern = re.escape(f".{path.name[:40]}.") + rf"[0-9a-f]{{8}}\.{suffix}"
+    return [part for part in path.parent.glob(f".*.{suffix}") if re.fullmatch(pattern, part.name)]
+
+# %% ../../nbs/core/10_assets.ipynb #6ad6f223
+def _give_up(part: Path | None, lock: int | None) -> None:
+    "Remove unfinished work, and release its lock."
+    if part: shutil.rmtree(part, ignore_errors=True)
+    if lock is not None: os.close(lock)
+
+
+def _remove_stale(path: Path) -> None:
+    "Remove the unfinished work on `path` of processes that are dead."
+    for part in _scratch_folders(path, "part"):
+        lock = _lock(part, wait=False)
+        if lock is not None: _give_up(part, lock)
+
+
+def _check_writable(path: Path, size: int = 2**20) -> None:
+    "Raise unless a folder `path` of `size` bytes can be made: before hours of work, not after."
+    path = path.absolute()
+    try:
+        first = next(part for part in [path, *path.parents] if part.parent.exists())
+        _remove_stale(first)
+        probe, lock = _scratch_folder(first)
+        try: (probe / path.relative_to(first.parent)).mkdir(parents=True, exist_ok=True)
+        finally: _give_up(probe, lock)
+        if shutil.disk_usage(first.parent).free < size: raise OSError(errno.ENOSPC, "disk full")
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+# %% ../../nbs/core/10_assets.ipynb #e566139d
+@contextmanager
+def _atomic_folder(
+    path: Path,                                         # the folder to make
+    move: Callable[[Path, Path], object] = Path.rename,  # what puts it there; fails if one is there
+) -> Iterator[Path]:
+    "Write into a folder beside `path`; it becomes `path` if the block succeeds, or is removed."
+    part = lock = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
+        _remove_stale(path)
+        part, lock = _scratch_folder(path)
+        yield part
+        _flush(part)
+        move(part, path)
+    except Exception as error:
+        if not _is_about(error, path): raise
+        raise _write_error(error, path) from error
+    finally:
+        _give_up(part, lock)
+
+# %% ../../nbs/core/10_assets.ipynb #1a096ec0
+def _files(folder: Path) -> list[Path]:
+    "All files below a folder, but hidden ones and key.json."
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in files if file.name[0] != "." and file != folder / "key.json"]
+
+
+def _sha256(file: Path) -> str:  # 64 hexadecimal digits
+    with file.open("rb") as content: return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:  # name below the folder → SHA-256
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in _files(folder)}
+
+# %% ../../nbs/core/10_assets.ipynb #c88f9026
+def _once(
+    path: Path, build: Callable[[Path], None], fault: Callable[[Path], str | None] | None = None
+) -> Path:
+    "Build a folder unless it is there without a `fault`; of several processes, one builds."
+    try:
+        if path.exists() and not (fault and fault(path)): return path  # without a lock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            found = fault(path) if fault and path.exists() else None
+            if found:
+                logging.getLogger(__name__).warning("%s %s: it is made again.", path, found)
+                shutil.rmtree(path)
+            if not path.exists():
+                with _atomic_folder(path) as part: build(part)
     except OSError as error:
-        raise EcomoptError(
-            f"The cache cannot be written: {error}.",
-            str(path.parent),
-            "Set ECOMOPT_CACHE to a folder that you may write to.",
-        ) from error
-    with lock:
-        if not path.exists():
-            with _atomic_folder(path) as part: build(part)
+        if not _is_about(error, path): raise
+        raise _write_error(error, path) from error
     return path
+
+# %% ../../nbs/core/10_assets.ipynb #4d8e8b74
+_checked: dict[Path, list] = {}  # finished folder → its files, as they were when they were hashed
+
+
+def _cache_fault(about: dict, folder: Path) -> str | None:
+    "What is wrong with a finished folder of the cache; hashed again only if its files changed."
+    stats = {str(file): file.stat() for file in [*_files(folder), *folder.glob("key.json")]}
+    state = [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats.items()]
+    if _checked.get(folder) == state: return None
+    try: found = dict(json.loads((folder / "key.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError): return "has no readable key.json"
+    hashes = found.pop("files", None)  # None: made by an earlier version
+    if found != about: return "has another key"
+    if hashes is not None and hashes != _hashes(folder): return "has damaged files"
+    is_old = all(s.st_mtime < time.time() - 2 for s in stats.values())
+    if is_old: _checked[folder] = state  # so that a later change has another time
+    return None
+
+
+def _user_path(path: str | Path) -> Path:
+    "A path as a user writes it, with `~` for the home folder."
+    try: found = Path(path).expanduser()
+    except (TypeError, RuntimeError): found = None
+    if found and "\0" not in str(found): return found
+    raise EcomoptError(f"This is not a path: {path!r}.", "argument path", "Name a folder.")
 
 # %% ../../nbs/core/10_assets.ipynb #35c11258
 def cached(
     kind: str,                      # what is built, e.g. "teacher": a subfolder of the cache
     key: dict,                      # all that the result depends on; must be JSON
     build: Callable[[Path], None],  # writes the result into the empty folder it is given
-) -> Path:                          # the finished folder, with the key in key.json
+) -> Path:                          # the finished folder, with key and hashes in key.json
     "Build a folder once for each `key` (and version of ecomopt, torch and transformers)."
     versions = {name: version(name) for name in ("ecomopt", "torch", "transformers")}
     text = json.dumps({"key": key, "versions": versions}, sort_keys=True, indent=1)
+    about = json.loads(text)
 
     def build_with_key(part):
         build(part)
-        (part / "key.json").write_text(text, encoding="utf-8")
+        with_hashes = json.dumps(about | {"files": _hashes(part)}, sort_keys=True, indent=1)
+        (part / "key.json").write_text(with_hashes, encoding="utf-8")
 
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return _once(cache_dir() / kind / name, build_with_key)
+    fault = functools.partial(_cache_fault, about)
+    return _once(cache_dir() / kind / name, build_with_key, fault)
 
 # %% ../../nbs/core/10_assets.ipynb #ab370f4e
 @dataclass(frozen=True)
@@ -282,7 +438,7 @@ def _download(asset: Asset, folder: Path) -> Path:
 def _fault(path: Path, sha256: str) -> str | None:
     "What is wrong with a file of an asset; None if it has its hash."
     if not path.exists(): return "is missing"
-    with path.open("rb") as content: found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = _sha256(path)
     if found == sha256: return None
     return f"is damaged (its SHA-256 is {found[:12]}…, not {sha256[:12]}…)"
 

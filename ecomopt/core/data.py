@@ -9,30 +9,46 @@ __all__ = ['normalize', 'connected_components', 'stratified_group_split', 'Task'
 import csv
 import difflib
 import hashlib
+import html
+import io
 import json
+import math
 import random
+import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, Features, Value
+from datasets.fingerprint import Hasher
 from scipy.sparse import coo_array, csgraph
 
 from .. import EcomoptError
+from . import checks
 from .assets import fetch
 
 # %% ../../nbs/core/11_data.ipynb #e3718f27
 _SPLITS = ("train", "valid", "test", "transfer")
+_CODES = [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0]  # invisible letters and marks
+_SELECTORS = [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]
+_INVISIBLE = dict.fromkeys([*_CODES, *_SELECTORS])  # those that are not in the category Cf
 
 
 def normalize(
     text: str,  # any text
 ) -> str:       # what two copies of a text have in common
-    "Fold case and white space, so that copies of a text become equal."
-    return " ".join(text.casefold().split())
+    "Fold case, white space, HTML entities, invisible characters and Unicode's two ways to write."
+    text = " ".join(html.unescape(text).split())
+    if text.isascii(): return text.lower()
+    if not text.isprintable():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 # %% ../../nbs/core/11_data.ipynb #26d98d5d
 def connected_components(
@@ -40,6 +56,7 @@ def connected_components(
     groups: list[str],  # one group a row
 ) -> np.ndarray:        # [rows] the number of each row's component
     "Number the components of rows that share a group or a normalized text, directly or not."
+    texts = checks._text_rows(texts)
     rows = len(texts)
     group = pd.factorize(np.asarray(groups, dtype=object))[0]
     text = pd.factorize(np.asarray([normalize(text) for text in texts], dtype=object))[0]
@@ -58,18 +75,17 @@ def stratified_group_split(
     where: str = "rows",          # where the rows come from, for the error
 ) -> list[str]:                   # [rows] the name of each row's split
     "Split rows so that no group and no copy crosses, with each class in the given fractions."
+    _check_rows(rows, fractions, where)
     labels = list(rows.label)
     counts = Counter(labels)
-    few = [c for c in counts if counts[c] < len(fractions)]
     reason = f"fewer than {len(fractions)} rows"
-    _check_classes(few, "No split is possible", reason, fractions, where)
+    _check_classes(_fewer(counts, fractions), "No split is possible", reason, fractions, where)
     components = _components(rows, seed)
     inside = [Counter(labels[i] for i in ids) for ids in components]
     holding = Counter(c for n in inside for c in n)  # components of each class
     most = f"up to {len(components[0])} of all {len(rows)}"
     reason = f"rows tied together by groups and copies ({most})"
-    few = [c for c in counts if holding[c] < len(fractions)]
-    _check_classes(few, "No split is possible", reason, fractions, where)
+    _check_classes(_fewer(holding, fractions), "No split is possible", reason, fractions, where)
     chosen, filled = _assign(inside, _targets(counts, fractions))
     missing = [c for c in counts if any(not filled[s][c] for s in fractions)]
     _check_classes(missing, "No split was found", reason, fractions, where)
@@ -108,7 +124,7 @@ def _components(rows: pd.DataFrame, seed: int) -> list[list[int]]:
     numbers = connected_components(list(rows.text), list(rows.group)).tolist()
     components = [[] for _ in set(numbers)]
     for row, number in enumerate(numbers): components[number].append(row)
-    random.Random(seed).shuffle(components)
+    random.Random(checks._whole_number(seed, "seed", low=0)).shuffle(components)
     return sorted(components, key=len, reverse=True)
 
 
@@ -122,10 +138,80 @@ def _check_classes(
     raise EcomoptError(f"{what} for the class {_some(sorted(lacking))}: {reason}.", where, do)
 
 
+def _fewer(counts: Counter, fractions: dict[str, float]) -> list[str]:
+    "The classes with fewer rows or components than there are splits."
+    return [c for c in counts if counts[c] < len(fractions)]
+
+# %% ../../nbs/core/11_data.ipynb #3646acce
 def _some(values) -> str:
     "The first few of many values."
     values = [str(value) for value in values]
     return ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _check_columns(names: list, columns: list[str], where: str) -> None:
+    "Raise for a column that is not there, or there twice."
+    for column in columns:
+        count = names.count(column)
+        if count == 1: continue
+        near = difflib.get_close_matches(column, map(str, names), n=1)
+        do = f"Did you mean {near[0]!r}?" if near else "Name one of these columns."
+        what = f"{count} columns are called" if count else "There is no column"
+        if count: do = "Rename or remove all of them but one."
+        raise EcomoptError(f"{what} {column!r}.", f"{where} (columns: {_some(names)})", do)
+
+
+def _check_rows(rows: pd.DataFrame, fractions: dict[str, float], where: str) -> None:
+    "Raise for rows or fractions that cannot be split."
+    _check_columns(list(rows), ["text", "label", "group"], where)
+    if not len(rows): raise EcomoptError("There are no rows.", where, "Give rows to split.")
+    for split, fraction in fractions.items(): checks._positive_number(fraction, split)
+
+# %% ../../nbs/core/11_data.ipynb #9007787c
+_METRICS = {  # of each class, t: correct predictions, N: rows, P: predictions
+    "accuracy": lambda t, N, P: t.sum() / N.sum(),
+    "balanced_accuracy": lambda t, N, P: (t[N > 0] / N[N > 0]).mean(),
+    "macro_f1": lambda t, N, P: (2 * t[N + P > 0] / (N + P)[N + P > 0]).mean(),
+}
+
+
+def _check_metric(metric: object) -> None:
+    "Raise if there is no such metric."
+    if callable(metric) or isinstance(metric, str) and metric in _METRICS: return
+    near = difflib.get_close_matches(str(metric), _METRICS, n=1, cutoff=0)[0]
+    where = f"the metrics: {', '.join(_METRICS)}, or a function f(labels, predictions) -> float"
+    raise EcomoptError(f"There is no metric {metric!r}.", where, f"Did you mean {near!r}?")
+
+
+def _counted(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    "A metric of this library."
+    classes = max(labels.max(), predictions.max()) + 1
+    numbers = labels[labels == predictions], labels, predictions
+    return _METRICS[name](*(np.bincount(n, minlength=classes) for n in numbers))
+
+# %% ../../nbs/core/11_data.ipynb #f496df4f
+def _class_numbers(values: Sequence[int], name: str, classes: int) -> np.ndarray:
+    "Labels or predictions as an array; what is no class of the task is an error."
+    try: numbers = np.asarray(values[:] if isinstance(values, Sequence) else values)
+    except (TypeError, ValueError): numbers = np.asarray(None)
+    if numbers.ndim != 1 or not len(numbers): fault = f"of shape {list(numbers.shape)}, not [rows]"
+    elif numbers.dtype.kind not in "iu": fault = f"of type {numbers.dtype}, not whole numbers"
+    elif numbers.min() >= 0 and numbers.max() < classes: return numbers.astype(np.int64)
+    else: fault = f"from {numbers.min()} to {numbers.max()}; the classes are 0 to {classes - 1}"
+    do = "Give the index of a class for each row; of logits, logits.argmax(1)."
+    raise EcomoptError(f"{name} is {fault}.", f"Task.score, argument {name}", do)
+
+
+def _evaluate(metric: str | Callable, labels: np.ndarray, predictions: np.ndarray) -> float:
+    "The value of a metric; one that fails, or is no finite number, is an error."
+    function = metric if callable(metric) else partial(_counted, metric)
+    do = "Give a function f(labels, predictions) -> float, such as sklearn.metrics.accuracy_score."
+    try: value = float(function(labels, predictions))
+    except Exception as error:
+        what = f"The metric {metric!r} fails: {type(error).__name__}: {error}."
+        raise EcomoptError(what, "Task.score", do) from error
+    if math.isfinite(value): return value
+    raise EcomoptError(f"The metric {metric!r} is {value}.", "Task.score", do)
 
 # %% ../../nbs/core/11_data.ipynb #d5f46267
 @dataclass(frozen=True, eq=False)
@@ -136,13 +222,20 @@ class Task:
     train: Dataset           # to learn from: text, label, group
     valid: Dataset           # to choose hyperparameters by
     test: Dataset            # to report, used once
-    transfer: Dataset        # text, domain; no labels
-    metric: str = "accuracy" # what models are compared by
+    transfer: Dataset        # text, domain; no labels; may be None
+    metric: str | Callable = "accuracy"  # what models are compared by; see `score`
+
+    def __post_init__(self):
+        _check_metric(self.metric)
+        if self.transfer is None:
+            nothing = Dataset.from_dict({"text": [], "domain": []}, _UNLABELLED)
+            object.__setattr__(self, "transfer", nothing)
+        for split in _SPLITS: _check_split(getattr(self, split), split)
 
     @classmethod
     def from_csv(
         cls,
-        path: str | Path,          # a .csv, .tsv, .parquet or .jsonl file in UTF-8
+        path: str | Path,          # a .csv, .tsv, .parquet or .jsonl file in UTF-8; ~ is your home
         text: str,                 # the column of the texts
         label: str,                # the column of the classes: names or whole numbers
         group: str | None = None,  # a column whose equal values stay together: review, customer, …
@@ -150,17 +243,32 @@ class Task:
         test: float = 0.2,         # fraction of the rows to report; 0 for none
         seed: int = 0,             # another seed, another split
         name: str | None = None,   # the task's name; the file's without one
+        metric: str | Callable = "accuracy",  # or "balanced_accuracy", "macro_f1", your function
     ) -> "Task":
         "Make a task of your own file; no group and no copy of a text crosses its splits."
-        path = Path(path)
-        rows = _rows(_read(path), str(path), text, label, group)
-        return _task(name or path.stem, rows, valid, test, seed, str(path))
+        columns = _columns(text, label, group)
+        path = _path(path)
+        rows = _rows(_read(path, list(dict.fromkeys(columns.values()))), columns, str(path))
+        return _task(name or path.stem, rows, valid, test, seed, str(path), metric)
+
+    def score(
+        self,
+        labels: Sequence[int],       # [rows] the right classes, as indexes into `self.labels`
+        predictions: Sequence[int],  # [rows] the predicted classes
+    ) -> float:                      # the higher, the better
+        "The task's metric of these predictions."
+        labels = _class_numbers(labels, "labels", len(self.labels))
+        predictions = _class_numbers(predictions, "predictions", len(self.labels))
+        if len(labels) == len(predictions): return _evaluate(self.metric, labels, predictions)
+        what = f"There are {len(labels)} labels and {len(predictions)} predictions."
+        raise EcomoptError(what, "Task.score", "Give a prediction for each label.")
 
     @cached_property
     def fingerprint(self) -> str:  # 16 hexadecimal digits
         "A hash of everything a result can depend on: the labels, the metric and all rows."
         rows = {split: getattr(self, split).to_dict() for split in _SPLITS}
-        content = json.dumps([self.labels, self.metric, rows])
+        metric = self.metric if isinstance(self.metric, str) else Hasher.hash(self.metric)
+        content = json.dumps([self.labels, metric, rows])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def sample(
@@ -172,7 +280,7 @@ class Task:
         seed: int = 0,                # another seed, other rows
     ) -> "Task":                      # the whole task without numbers
         "A task with fewer rows and the same balance of classes."
-        if train is not None and train < len(self.labels):
+        if train is not None and checks._whole_number(train, "train", low=0) < len(self.labels):
             do = f"Keep {len(self.labels)} or more."
             raise EcomoptError("Fewer rows than classes.", f"sample(train={train})", do)
         parts = {}
@@ -180,7 +288,7 @@ class Task:
             if n is None: continue
             part = getattr(self, split)
             labels = [0] * len(part) if split == "transfer" else part["label"][:]
-            parts[split] = part.select(_balanced(labels, n, seed))
+            parts[split] = part.select(_balanced(labels, checks._whole_number(n, split, 0), seed))
         return replace(self, **parts)
 
     def summary(self) -> pd.DataFrame:  # a row for each split: its rows, the fraction of each class
@@ -205,16 +313,34 @@ def _labels(rows: pd.DataFrame, where: str) -> list[str]:
         what = f"A classifier needs two classes or more; here are {len(names)}: {_some(names)}."
         do = "Add rows of another class, or name another label column."
         raise EcomoptError(what, where, do)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted(names, key=Decimal) if all(name.isdecimal() for name in names) else names
+
+
+def _check_split(part: Dataset, split: str) -> None:
+    "Raise if a split is no data set, or lacks a column."
+    names = getattr(part, "column_names", None)
+    if not isinstance(names, list):
+        what = f"The split {split} is of the type {type(part).__name__}."
+        raise EcomoptError(what, "Task", "Give a datasets.Dataset: Dataset.from_pandas(rows).")
+    columns = ["text"] if split == "transfer" else ["text", "label"]
+    if len(part): _check_columns(names, columns, f"the split {split}")
 
 # %% ../../nbs/core/11_data.ipynb #79e0cf5e
 def _task(
-    name: str, rows: pd.DataFrame, valid: float, test: float, seed: int, where: str
+    name: str,
+    rows: pd.DataFrame,
+    valid: float,
+    test: float,
+    seed: int,
+    where: str,
+    metric: str | Callable = "accuracy",
 ) -> Task:
     "Split rows (text, label, group) into a task without transfer text."
-    if not (valid >= 0 and test >= 0 and valid + test < 1):
-        what = "The splits leave no rows to train on."
-        raise EcomoptError(what, f"valid={valid}, test={test}", "Give fractions such as 0.1.")
+    try: is_split = valid >= 0 and test >= 0 and valid + test < 1
+    except (TypeError, ValueError): is_split = False
+    if not is_split:
+        what = "These fractions leave no rows to train on, or are not numbers."
+        raise EcomoptError(what, f"valid={valid!r}, test={test!r}", "Give fractions such as 0.1.")
     names = _labels(rows, where)
     fractions = {"train": 1 - valid - test, "valid": valid, "test": test}
     positive = {split: fraction for split, fraction in fractions.items() if fraction > 0}
@@ -224,87 +350,231 @@ def _task(
         split: Dataset.from_pandas(numbered[part == split], _LABELLED, preserve_index=False)
         for split in fractions
     }
-    transfer = Dataset.from_dict({"text": [], "domain": []}, _UNLABELLED)
-    return Task(name, tuple(names), **parts, transfer=transfer)
+    return Task(name, tuple(names), **parts, transfer=None, metric=metric)
 
 # %% ../../nbs/core/11_data.ipynb #7ee71166
-_CSV = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}  # "NA" is a text
-_READERS = {
-    ".csv": partial(pd.read_csv, **_CSV),
-    ".tsv": partial(pd.read_csv, sep="\t", **_CSV),
-    ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.DataFrame(
-        map(json.loads, filter(str.strip, path.read_text("utf-8-sig").split("\n")))
-    ),
+_FIRST_BYTES = {  # of files that are no text in UTF-8
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a zip archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a Parquet file",
 }
 
 
-def _read(path: Path) -> pd.DataFrame:
-    "Read a table of any known file type."
+def _kind(content: bytes) -> str:
+    "The encoding or the kind of a file that is not UTF-8, as far as its bytes say."
+    for first, kind in _FIRST_BYTES.items():
+        if content.startswith(first): return kind
+    if 0 not in content: return "ENCODING"
+    wide = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+    lines = {name: content.decode(name, "replace").count("\n") for name in wide}
+    best = max(lines, key=lines.get)
+    return best if 2 * lines[best] >= content.count(b"\n") else "ENCODING"
+
+# %% ../../nbs/core/11_data.ipynb #5be8f2fa
+def _decode(path: Path) -> str:
+    "The text of a file in UTF-8; any other file is an error."
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    text = ""
+    try:
+        text = content.decode()
+        at = content.find(0)
+    except UnicodeDecodeError as error: at = error.start
+    if at < 0: return text
+    kind = _kind(content)
+    do = f"Save it as UTF-8, e.g. with: iconv -f {kind} -t UTF-8 OLD > NEW"
+    if kind == "ENCODING" and text: do = r"Remove NUL bytes, e.g. with: tr -d '\000' < OLD > NEW"
+    elif kind == "ENCODING": do += " (often WINDOWS-1252; of Chinese files GB18030)"
+    elif not kind.startswith("UTF-"): do = f"It is {kind}: unpack it, or export it as CSV in UTF-8."
+    line = content.count(b"\n", 0, at) + 1
+    what = f"The file is not UTF-8 text: line {line} has the byte {content[at]:#04x}."
+    raise EcomoptError(what, str(path), do)
+
+
+def _path(path: str | Path) -> Path:
+    "A path with the user's home folder for ~."
+    try: return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error: fault = str(error)
+    raise EcomoptError(f"path is {path!r}: {fault}.", "argument path", "Give the path of a file.")
+
+# %% ../../nbs/core/11_data.ipynb #7d614056
+def _records(file: io.StringIO, delimiter: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    "The number of the first line and the fields of each record; blank lines are left out."
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for record in reader:
+            if len(record) > 1 or "".join(record).strip(): yield line, record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        do = 'Put quotes around the whole field, and double the quotes in it: "a ""good"" one".'
+        what = f"The record that begins in line {line} cannot be read: {error}."
+        raise EcomoptError(what, where, do) from error
+
+
+def _delimiter(file: io.StringIO, usual: str, columns: list[str], where: str) -> str:
+    "The delimiter that gives the header all columns; else the one that gives it most fields."
+    def found(delimiter: str) -> tuple[bool, int]:
+        try: _, header = next(_records(file, delimiter, where), (1, []))
+        except EcomoptError: return False, 0
+        return set(columns) <= set(header), len(header)
+    return max(dict.fromkeys([usual, *",;\t|"]), key=found)
+
+# %% ../../nbs/core/11_data.ipynb #171162d4
+def _read_delimited(path: Path, columns: list[str], usual: str) -> pd.DataFrame:
+    "Columns of a CSV or TSV file; a record with more or fewer fields than the header is an error."
+    text, where = _decode(path), str(path)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    file = io.StringIO(text, newline="")
+    delimiter = _delimiter(file, usual, columns, where)
+    records = list(_records(file, delimiter, where))
+    if not records: raise EcomoptError("The file is empty.", where, "Give a header and rows.")
+    (_, header), *records = records
+    _check_columns(header, columns, where)
+    odd = [f"line {line} has {len(r)}" for line, r in records if len(r) != len(header)]
+    if odd:
+        what = f"{len(odd)} of {len(records)} records do not have the {len(header)} fields"
+        what += f" of the header: {_some(odd)}."
+        do = f'Put quotes ("…") around a text with {delimiter!r}; no line ends with {delimiter!r}.'
+        raise EcomoptError(what, where, do)
+    kept = [header.index(column) for column in columns]
+    return pd.DataFrame([[r[i] for i in kept] for _, r in records], columns=columns, dtype=object)
+
+# %% ../../nbs/core/11_data.ipynb #e7ac63f0
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    "A JSON object; of two values with one name, Python would keep the last."
+    if len(dict(pairs)) == len(pairs): return dict(pairs)
+    raise ValueError("a name is there twice")
+
+
+def _json_object(content: str, where: str) -> dict:
+    "The object in a line of JSON."
+    try: row = json.loads(content, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error: row = error
+    if isinstance(row, dict): return row
+    what = f"The line cannot be read: {row if isinstance(row, Exception) else 'it is no object'}."
+    raise EcomoptError(what, where, 'Write one object a line: {"text": "…", "label": "…"}')
+
+
+def _read_json_lines(path: Path, columns: list[str]) -> pd.DataFrame:
+    "Columns of a JSONL file; numbers stay what they are."
+    where = str(path)
+    lines = enumerate(io.StringIO(_decode(path), newline=None), 1)
+    rows = [_json_object(content, f"{where}, line {n}") for n, content in lines if content.strip()]
+    if not rows: raise EcomoptError("The file is empty.", where, "Write one object a line.")
+    _check_columns(list(dict.fromkeys(key for row in rows for key in row)), columns, where)
+    cells = {column: [row.get(column) for row in rows] for column in columns}
+    return pd.DataFrame(cells, dtype=object)
+
+# %% ../../nbs/core/11_data.ipynb #87d4629a
+_READERS = {
+    ".csv": partial(_read_delimited, usual=","),
+    ".tsv": partial(_read_delimited, usual="\t"),
+    ".parquet": lambda path, columns: pd.read_parquet(path),
+    ".jsonl": _read_json_lines,
+}
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    "Read the named columns of a table of any known file type."
     suffix, where = path.suffix.lower(), str(path)
-    if suffix not in _READERS:
-        do = f"Convert it to {', '.join(_READERS)}."
-        raise EcomoptError(f"The file type {path.suffix!r} is not known.", where, do)
-    try: return _READERS[suffix](path)
-    except UnicodeDecodeError as error:
-        do = "Save it as UTF-8, e.g. with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
-        raise EcomoptError(f"The file is not UTF-8: {error}.", where, do) from error
-    except (OSError, ValueError, TypeError) as error:  # what the parsers raise
+    try:
+        if suffix in _READERS: table = _READERS[suffix](path, columns)
+        elif path.is_dir(): raise OSError("it is a folder; name a file in it")
+        else:
+            what = f"The file type {path.suffix!r} is not known."
+            raise EcomoptError(what, where, f"Convert it to {', '.join(_READERS)}.")
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # what the parsers raise
         do = "Check the path and the file."
         raise EcomoptError(f"The file cannot be read: {error}.", where, do) from error
+    _check_columns(list(table), columns, where)
+    return table[columns].astype(object).reset_index(drop=True)
 
-# %% ../../nbs/core/11_data.ipynb #074d566d
-def _check_columns(table: pd.DataFrame, columns: list[str], where: str) -> None:
-    "Raise for a column that is not there."
-    for column in columns:
-        if column in table: continue
-        near = difflib.get_close_matches(str(column), map(str, table), n=1)
-        do = f"Did you mean {near[0]!r}?" if near else "Name one of these columns."
-        where = f"{where} (columns: {_some(table)})"
-        raise EcomoptError(f"There is no column {column!r}.", where, do)
+# %% ../../nbs/core/11_data.ipynb #a4756ce0
+def _cell_fault(value: object, role: str) -> str | None:
+    "What is wrong with a cell; None if it can be used."
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    is_text = isinstance(value, str) or is_number and not abs(value) == math.inf
+    is_scalar = not isinstance(value, (bytes, list, tuple, dict, set, np.ndarray))
+    if is_scalar and (pd.isna(value) or normalize(str(value)) in ("", "nan")):
+        return f"an empty {role}"
+    if not (is_text if role == "text" else is_scalar):
+        return f"a {role} of the type {type(value).__name__}"
+    return f"a {role} that is not valid Unicode" if checks._text_fault(str(value)) else None
 
 
 def _check_cells(rows: pd.DataFrame, columns: dict[str, str], where: str) -> None:
-    "Raise for empty cells, with the numbers of their rows."
-    empty = rows.isna() | rows.map(lambda value: str(value).strip().lower() in ("", "nan"))
+    "Raise for cells that are empty or no text, with the numbers of their rows."
     for role, column in columns.items():
-        if not empty[role].any(): continue
-        at = empty.index[empty[role]] + 1
+        faults = pd.Series([_cell_fault(value, role) for value in rows[role]], dtype=object)
+        if faults.isna().all(): continue
+        fault = faults.dropna().iloc[0]
+        at = faults.index[faults == fault] + 1
         raise EcomoptError(
-            f"{len(at)} of {len(rows)} rows have an empty {role}: rows {_some(at)}.",
+            f"{len(at)} of {len(rows)} rows have {fault}: rows {_some(at)}.",
             f"{where}, column {column!r}",
-            "Fill or remove these rows (the first row of data is row 1).",
+            "Fill, correct or remove these rows (the first row of data is row 1).",
         )
 
-# %% ../../nbs/core/11_data.ipynb #a4756ce0
-def _rows(
-    table: pd.DataFrame, where: str, text: str, label: str, group: str | None
-) -> pd.DataFrame:
-    "The named columns as text, label, group; all of them strings and none empty."
-    columns = {"text": text, "label": label} | ({"group": group} if group else {})
-    _check_columns(table, list(columns.values()), where)
-    rows = pd.DataFrame({role: table[column].astype(object) for role, column in columns.items()})
-    rows = rows.reset_index(drop=True)
-    _check_cells(rows, columns, where)
-    rows = rows.astype(str)
-    rows["label"] = _class_names(rows.label.str.strip(), f"{where}, column {label!r}")
-    rows["group"] = rows.group.str.strip() if group else rows.index.astype(str)
-    return rows
+
+# %% ../../nbs/core/11_data.ipynb #c0964eeb
+def _number(label: str) -> Decimal | None:
+    try: number = Decimal(normalize(label))
+    except InvalidOperation: return None
+    return None if number.is_nan() else number
+
+
+def _check_spellings(numbers: dict[str, Decimal | None], where: str) -> None:
+    "Raise for two labels that are one class, written in two ways; for numbers, one value."
+    seen = {}
+    for label, number in numbers.items():
+        other = seen.setdefault(normalize(label) if number is None else number, label)
+        codes = "" if label.isascii() else f" ({ascii(other)}, {ascii(label)})"
+        what = f"The labels {other!r} and {label!r} are one class, written in two ways{codes}."
+        if other != label: raise EcomoptError(what, where, "Write them alike, or rename one.")
 
 
 def _class_names(labels: pd.Series, where: str) -> pd.Series:
     "Labels as names; 2.0 is the class 2, and 3.7 is not a class."
-    numbers = pd.to_numeric(labels, errors="coerce")
-    if numbers.isna().any() or not labels.str.contains(".", regex=False).any(): return labels
-    fractional = labels[numbers % 1 != 0].unique()
-    if not len(fractional): return numbers.astype(int).astype(str)
-    what = f"The labels are numbers with fractions ({_some(fractional)}), not classes."
-    do = "Make classes of them first: round them, or cut them into ranges."
-    raise EcomoptError(what, where, do)
+    numbers = {label: _number(label) for label in labels.unique()}
+    _check_spellings(numbers, where)
+    if None in numbers.values(): return labels.str.strip()
+    odd = [label for label, n in numbers.items() if n.is_infinite() or n != n.to_integral_value()]
+    if not odd: return labels.str.strip().str.replace(r"^([+-]?\d+)\.0*$", r"\1", regex=True)
+    what = f"The labels are numbers with fractions ({_some(odd)}), not classes."
+    raise EcomoptError(what, where, "Make classes of them: round them, or cut them into ranges.")
+
+# %% ../../nbs/core/11_data.ipynb #abca94e0
+def _columns(text: str, label: str, group: str | None) -> dict[str, str]:
+    "Role → column."
+    columns = {"text": text, "label": label} | ({} if group is None else {"group": group})
+    for role, column in columns.items():
+        if isinstance(column, str): continue
+        do = "Give the name of one column, a string."
+        raise EcomoptError(f"{role} is {column!r}.", f"argument {role}", do)
+    if text != label: return columns
+    what = f"The texts and the labels are one column, {text!r}."
+    raise EcomoptError(what, "arguments text and label", "Name two columns.")
+
+
+def _rows(table: pd.DataFrame, columns: dict[str, str], where: str) -> pd.DataFrame:
+    "The named columns as text, label, group; all of them strings and none empty."
+    rows = pd.DataFrame({role: table[column] for role, column in columns.items()})
+    _check_cells(rows, columns, where)
+    rows = rows.astype(str)
+    rows["label"] = _class_names(rows.label, f"{where}, column {columns['label']!r}")
+    rows["group"] = rows.group.str.strip() if "group" in rows else rows.index.astype(str)
+    return rows
 
 # %% ../../nbs/core/11_data.ipynb #d003c40a
 def _balanced(labels: list[int], n: int, seed: int) -> pd.Index:
     "The numbers of n rows with the balance of all of them, in the order of the file."
+    seed = checks._whole_number(seed, "seed", low=0, high=2**32 - 1)
     shuffled = pd.Series(labels).sample(frac=1, random_state=seed)
     rank = shuffled.groupby(shuffled).cumcount()
     position = ((rank + 0.5) / shuffled.map(shuffled.value_counts())).where(rank > 0, -1)
@@ -354,19 +624,17 @@ def _reviews(seed: int) -> Task:
 # %% ../../nbs/core/11_data.ipynb #519f35a3
 def _reviews_zh(seed: int) -> Task:
     "Chinese shopping reviews, each once, without those that have both labels."
-    folder = fetch("reviews_zh")
-    rows = []
+    folder, rows = fetch("reviews_zh"), []
     for label in ("negative", "positive"):
         lines = (folder / f"{label[:3]}.txt").read_text(encoding="utf-8").split("\n")
         rows += [(text.strip(), label) for text in lines]
     rows = pd.DataFrame(rows, columns=["text", "label"])
     rows = rows.assign(same=rows.text.map(normalize)).query("same != ''")
     rows = rows.drop_duplicates(["same", "label"])  # what is still there twice has both labels
-    rows = rows[~rows.same.duplicated(keep=False)].reset_index(drop=True)
-    rows["group"] = rows.index.astype(str)
+    rows = rows[~rows.same.duplicated(keep=False)].assign(group=lambda kept: kept.index.astype(str))
     return _task("reviews_zh", rows, valid=0.1, test=0.2, seed=seed, where=str(folder))
 
-# %% ../../nbs/core/11_data.ipynb #38929420
+
 _TASKS = {"reviews": _reviews, "reviews_zh": _reviews_zh}
 
 
@@ -375,7 +643,7 @@ def load_task(
     seed: int = 0,  # another seed, another split
 ) -> Task:
     "Load a task of this book; its data is fetched the first time."
-    if name not in _TASKS:
+    if not isinstance(name, str) or name not in _TASKS:
         do = "Take one of these, or read your own file with Task.from_csv(path, text=…, label=…)."
         raise EcomoptError(f"There is no task {name!r}.", f"the tasks: {', '.join(_TASKS)}", do)
     return _TASKS[name](seed)

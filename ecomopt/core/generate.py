@@ -7,7 +7,8 @@ __all__ = ['greedy_decoding', 'LanguageModel', 'load_language_model', 'losses', 
            'generation_speed']
 
 # %% ../../nbs/core/15_generate.ipynb #8937b322
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+# %% ../../nbs/core/15_generate.ipynb #6d67252c
 from .. import EcomoptError
 from .assets import ASSETS, fetch
+from .checks import _first_line, _text_rows, _whole_number
 from .measure import interleave
-from .train import _token_ids
+from ecomopt.core.pretrained import (
+    _check_finite_weights,
+    _check_weights,
+    _checkpoint_config,
+    _max_positions,
+)
+from .train import _token_ids, _tokenizing
 
 # %% ../../nbs/core/15_generate.ipynb #ae0eefe3
 def _left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and mask, padded on the left: [B, L] each."
-    length = max(map(len, ids))
+    length = max(map(len, ids), default=0)
     rows = [[0] * (length - len(row)) + row for row in ids]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in ids]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
@@ -46,38 +55,65 @@ def _append(
         if goes_on: row.append(token)
     return is_open
 
+# %% ../../nbs/core/15_generate.ipynb #522ad192
+def _takes(model: PreTrainedModel, *names: str) -> bool:
+    "Does `forward` have these arguments?"
+    return set(names) <= inspect.signature(model.forward).parameters.keys()
+
+
+def _masked(mask: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    "Mask and positions for the last `length` tokens, padding on the left not counted."
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+    return dict(attention_mask=mask, position_ids=positions)
+
+# %% ../../nbs/core/15_generate.ipynb #bf408130
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    "The likeliest token of each row, [..., V] → [...]; raises where there is none."
+    values, tokens = logits.float().max(-1)
+    if torch.isfinite(values).all(): return tokens
+    do = "Look for NaN or very large weights; make the model again."
+    raise EcomoptError("The logits are not finite.", "the model", do)
+
+
+def _check_prompts(model: PreTrainedModel, ids: list[list[int]], max_new_tokens: int) -> None:
+    "Raise for empty prompts, and for those that leave too few positions for new tokens."
+    if not _takes(model, "past_key_values"):
+        what = f"{type(model).__name__} has no KV cache."
+        raise EcomoptError(what, "the model", "Use a transformer such as LLaMA or GPT-2.")
+    limit = _max_positions(model)
+    for i, row in enumerate(ids):
+        if not len(row):
+            do = "Give each at least one word to begin with."
+            raise EcomoptError("A prompt has no tokens.", f"prompt {i}", do)
+        if limit is None or len(row) + max_new_tokens - 1 <= limit: continue  # the last is not fed
+        what = f"It has {len(row)} tokens, and the model {limit} positions for it and the answer."
+        do = f"Give a shorter prompt, or fewer than max_new_tokens={max_new_tokens}."
+        raise EcomoptError(what, f"prompt {i}", do)
+
 # %% ../../nbs/core/15_generate.ipynb #2f3c9ab9
 @torch.inference_mode()
 def greedy_decoding(
-    model: PreTrainedModel,    # any `...ForCausalLM`, in evaluation mode
-    ids: list[list[int]],      # the tokens of each prompt, one or more
+    model: PreTrainedModel,    # any `...ForCausalLM` with a KV cache, in evaluation mode
+    ids: list[list[int]],      # the tokens of each prompt, any number of them
     max_new_tokens: int,       # the most to generate for each
     stop: Sequence[int] = (),  # tokens that end a text
 ) -> list[list[int]]:          # the new tokens of each, without the one it stopped at
     "Append the likeliest token again and again, with a cache of keys and values."
+    _check_prompts(model, ids, _whole_number(max_new_tokens, "max_new_tokens", 0))
+    if len(set(map(len, ids))) > 1 and not _takes(model, "attention_mask", "position_ids"):
+        return [greedy_decoding(model, [row], max_new_tokens, stop)[0] for row in ids]
+    generated, is_open, cache = [[] for _ in ids], [True] * len(ids), None
+    options = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     new, mask = _left_padded(ids, model.device)
-    generated, is_open, extra, cache = [[] for _ in ids], [True] * len(ids), {}, None
-    for _ in range(max_new_tokens):
-        if not mask.all():
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1]:]
-            extra = dict(attention_mask=mask, position_ids=positions)
-        out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
+    for _ in range(max_new_tokens if ids else 0):
+        extra = {} if mask.all() else _masked(mask, new.shape[1])
+        out = model(input_ids=new, past_key_values=cache, use_cache=True, **options, **extra)
         cache = out.past_key_values
-        new = out.logits[:, -1].float().argmax(-1, keepdim=True)
+        new = _likeliest(out.logits[:, -1:])
         is_open = _append(generated, is_open, new[:, 0].tolist(), stop)
         if not any(is_open): break
         mask = torch.cat([mask, torch.ones_like(new)], 1)
     return generated
-
-# %% ../../nbs/core/15_generate.ipynb #0f6cb0a7
-def _check_prompts(ids: list[list[int]], **numbers: int) -> None:
-    "Refuse empty prompts, and numbers that are not above 0."
-    for name, value in numbers.items():
-        if value > 0: continue
-        raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", "Give a number above 0.")
-    if not all(ids):
-        do = "Give each at least one word to begin with."
-        raise EcomoptError("A prompt has no tokens.", f"prompt {ids.index([])}", do)
 
 # %% ../../nbs/core/15_generate.ipynb #847d01c0
 @dataclass
@@ -87,6 +123,9 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase  # the tokenizer it was trained with
     max_length: int = 1024              # longer texts are cut here (tokens)
 
+    def __post_init__(self):
+        self.max_length = _whole_number(self.max_length, "max_length")
+
     @property
     def stop(self) -> set[int]:  # token ids
         "The tokens that end a text."
@@ -95,33 +134,37 @@ class LanguageModel:
         return {token for ids in lists for token in ids}
 
     def encode(self,
-        texts: Sequence[str],  # any number
+        texts: Iterable[str],  # any number
         chat: bool = False,    # wrap each as a user's message, if the tokenizer has a chat template
     ) -> list[list[int]]:      # a list of token ids for each text
-        "Turn texts into token ids, each list at most `max_length` long."
-        if isinstance(texts, str) or not (chat and self.tokenizer.chat_template):
-            return _token_ids(self.tokenizer, texts, self.max_length)
+        "Turn texts into token ids, each list at most `max_length` and the model's positions long."
+        texts = _text_rows(texts)
+        limit = min(self.max_length, _max_positions(self.model) or self.max_length)
+        if not (chat and texts and self.tokenizer.chat_template):
+            return _token_ids(self.tokenizer, texts, limit)
         template = partial(
             self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True
         )
         wrapped = [template([{"role": "user", "content": text}]) for text in texts]
         options = dict(add_special_tokens=False, verbose=False)
-        ids = [self.tokenizer(text, **options)["input_ids"] for text in wrapped]
+        with _tokenizing: ids = self.tokenizer(wrapped, **options)["input_ids"]
         for i, row in enumerate(ids):  # cut, it would end inside of the template
-            if len(row) <= self.max_length: continue
-            do = f"Give at most {self.max_length}, or raise max_length."
+            if len(row) <= limit: continue
+            do = f"Give at most {limit}, or raise max_length up to the model's positions."
             raise EcomoptError(f"Prompt {i} has {len(row)} tokens.", "prompts", do)
         return ids
 
     def generate(self,
-        prompts: Sequence[str],    # what to answer, or to continue
+        prompts: Iterable[str],    # what to answer, or to continue
         max_new_tokens: int = 64,  # the most to generate for each
         chat: bool = True,         # wrap each as a user's message, if there is a chat template
         batch_size: int = 8,       # prompts at a time
     ) -> list[str]:                # what was generated, without the prompt
-        "Answer each prompt greedily; prompts of similar length share a batch."
+        "Answer each prompt greedily; in float32 an answer does not depend on the other prompts."
+        max_new_tokens = _whole_number(max_new_tokens, "max_new_tokens")
+        batch_size = _whole_number(batch_size, "batch_size")
         ids = self.encode(prompts, chat)
-        _check_prompts(ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        _check_prompts(self.model, ids, max_new_tokens)
         answers = [""] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for first in range(0, len(ids), batch_size):
@@ -132,30 +175,47 @@ class LanguageModel:
                 answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return answers
 
+# %% ../../nbs/core/15_generate.ipynb #a6afc775
+def _load(name: str | Path, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "Model and tokenizer of a checkpoint; code that lies beside it is never run."
+    path = Path(fetch(name) if isinstance(name, str) and name in ASSETS else name).expanduser()
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    home = files[0].parent if files else path if path.exists() else name
+    gguf = {"gguf_file": files[0].name} if files else {}
+    if not files: _checkpoint_config(home)
+    options = gguf or {"use_safetensors": True}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        home, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+    )
+    _check_weights(model, found, True, where)
+    _check_finite_weights(model, where)
+    if files:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False, **gguf)
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest < rows: return model, tokenizer
+    what = f"The tokenizer has the token {highest}, and the model {rows} embeddings."
+    raise EcomoptError(what, where, "Use the files of the model's own tokenizer.")
+
 # %% ../../nbs/core/15_generate.ipynb #bf23ba1f
 def load_language_model(
     name: str | Path,        # an asset ("smollm2"), a GGUF file, a local directory, or a hub id
     max_length: int = 1024,  # longer texts are cut here (tokens)
 ) -> LanguageModel:          # in evaluation mode, float32, on the CPU
-    "Load a causal language model from safetensors or from a GGUF file."
-    path = Path(fetch(name) if name in ASSETS else name)
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    home = files[0].parent if files else path if path.exists() else name
-    gguf = {"gguf_file": files[0].name} if files else {}
+    "Load a causal language model from safetensors or from a GGUF file, every weight of it."
+    where = f"model {str(name)[:200]!r}"
+    max_length = _whole_number(max_length, "max_length")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            home, dtype=torch.float32, **(gguf or {"use_safetensors": True})
-        )
-        tokenizer = AutoTokenizer.from_pretrained(home, **gguf)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, tokenizer = _load(name, where)
+    except EcomoptError: raise
+    except Exception as error:  # the readers of files and configurations raise many kinds
         raise EcomoptError(
-            f"The model cannot be loaded: {str(error).splitlines()[0]}",
-            f"model {str(name)!r}",
+            f"The model cannot be loaded: {_first_line(error)}",
+            where,
             f"Name an asset ({', '.join(ASSETS)}), a directory, a GGUF file or a hub id.",
         ) from error
-    if files:
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
     return LanguageModel(model.eval(), tokenizer, max_length)
 
 # %% ../../nbs/core/15_generate.ipynb #563ee6a6
@@ -173,20 +233,23 @@ def _batch_losses(model: PreTrainedModel, batch: Sequence[list[int]]) -> np.ndar
     inputs = ids.clamp(min=0).to(model.device)
     logits = model.eval()(input_ids=inputs, use_cache=False).logits[:, :-1].float().cpu()
     nats = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").sum(1)  # 0 where there is -100
+    if not torch.isfinite(nats).all():
+        do = "Look for NaN or very large weights; make the model again."
+        raise EcomoptError("The logits are not finite.", "the model", do)
     return np.stack([nats.numpy(), (ids[:, 1:] >= 0).sum(1).numpy()], 1)
 
 # %% ../../nbs/core/15_generate.ipynb #98df1970
 @torch.inference_mode()
 def losses(
     lm: LanguageModel,     # whose predictions to judge
-    texts: Sequence[str],  # plain, not as a chat; those of one token count nothing
+    texts: Iterable[str],  # plain, not as a chat; those of one token count nothing
     window: int = 256,     # tokens that are predicted in one pass
     batch_size: int = 8,   # windows at a time
 ) -> np.ndarray:           # [texts, 2]: nats (the sum of -log p), and tokens that were predicted
     "Negative log-likelihood of each text."
-    if not (window > 0 and batch_size > 0):
-        what = f"window={window!r}, batch_size={batch_size!r}."
-        raise EcomoptError(what, "losses", "Give numbers above 0.")
+    window = _whole_number(window, "window")
+    batch_size = _whole_number(batch_size, "batch_size")
+    texts = _text_rows(texts)
     windows = _windows(lm.encode(texts), window)
     result = np.zeros((len(texts), 2))
     for first in range(0, len(windows), batch_size):
@@ -197,20 +260,31 @@ def losses(
     return result
 
 # %% ../../nbs/core/15_generate.ipynb #2f493a85
+def _checked(losses: np.ndarray, name: str) -> np.ndarray:
+    "Rows of nats and numbers of tokens [texts, 2], or an error."
+    try: rows = np.asarray(losses, float)
+    except (TypeError, ValueError): rows = np.empty(0)
+    if rows.ndim == 2 and rows.shape[1] == 2 and np.isfinite(rows).all() and rows[:, 1].sum() > 0:
+        return rows
+    what = "These are not the losses of texts: two finite numbers a row, the second tokens."
+    raise EcomoptError(what, f"argument {name}", "Pass what losses returned.")
+
+
 def _drawn(rows: np.ndarray, seed: int) -> np.ndarray:
     "The sums over 2,000 samples of the texts, drawn with replacement: [2000, columns]."
-    draw = np.random.default_rng(seed).multinomial(
+    draw = np.random.default_rng(_whole_number(seed, "seed", 0)).multinomial(
         len(rows), np.full(len(rows), 1 / len(rows)), size=2000
     )
     sums = draw @ rows
     return sums[sums[:, -1] > 0]
 
-
+# %% ../../nbs/core/15_generate.ipynb #b077f2aa
 def perplexity(
     losses: np.ndarray,  # what `losses` gave [texts, 2]
     seed: int = 0,       # of the bootstrap
 ) -> dict:               # perplexity, perplexity_interval (95 %), tokens
     "Equation (2), with an interval for the choice of the texts."
+    losses = _checked(losses, "losses")
     sums, drawn = losses.sum(0), _drawn(losses, seed)
     interval = np.exp(np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]))
     return {
@@ -226,6 +300,7 @@ def paired_perplexity(
     seed: int = 0,       # of the bootstrap
 ) -> dict:               # perplexity_change and its 95 % interval (fractions of the baseline's)
     "How much higher a second model's perplexity is, judged on the same texts."
+    first, second = _checked(first, "first"), _checked(second, "second")
     if first.shape != second.shape or (first[:, 1] != second[:, 1]).any():
         raise EcomoptError(
             "The losses are not of the same tokens.",
@@ -262,9 +337,10 @@ def generation_speed(
     rounds: int = 5,                   # interleaved
 ) -> pd.DataFrame:                     # a row a model: tokens/s (prompt included), prefill, decode
     "Tokens a second of one greedy text, and the median of the rounds' ratios to the first model."
-    if max_new_tokens < 2 or rounds < 1:
-        what = f"{max_new_tokens} tokens in {rounds} rounds."
-        raise EcomoptError(what, "generation_speed", "Give at least 2 and 1.")
+    max_new_tokens = _whole_number(max_new_tokens, "max_new_tokens", 2)
+    rounds = _whole_number(rounds, "rounds")
+    if not models:
+        raise EcomoptError("There are no models.", "argument models", "Give one or more by name.")
     ids = {name: lm.encode([prompt], chat=True) for name, lm in models.items()}
     calls = {
         name: lambda n, name=name: greedy_decoding(models[name].model.eval(), ids[name], n)

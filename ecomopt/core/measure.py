@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import EcomoptError, __version__
 from .artifact import disk_bytes, save
+from .checks import _whole_number
 from .data import Task
-from .train import Classifier
+from .train import Classifier, _check_classifier
 
 # %% ../../nbs/core/14_measure.ipynb #bcd969bd
 def quality(
@@ -172,6 +174,8 @@ class Measurement:
     accuracy: float                         # fraction
     accuracy_interval: tuple[float, float]  # 95 %, Wilson
     macro_f1: float                         # fraction
+    metric: str                             # of the task
+    score: float                            # by that metric
     recall: dict[str, float]                # of each class that occurs, fraction
     latency_ms: dict[str, float]            # p50, p95, p99 of one sentence, with tokenization
     throughput: float                       # sentences/s in batches, with tokenization; median
@@ -250,6 +254,7 @@ def _row(m: Measurement, pair: PairedComparison) -> dict:
         "accuracy %": round(100 * m.accuracy, 1),
         "95 % interval": "{:.1f} to {:.1f}".format(*100 * np.array(m.accuracy_interval)),
         "macro F1 %": round(100 * m.macro_f1, 1),
+        m.metric: None if m.metric in ("accuracy", "macro_f1") else round(m.score, 4),
         **{f"{p} ms": round(ms, 2) for p, ms in m.latency_ms.items()},
         "sentences/s": round(m.throughput),
         "× throughput": round(pair.speedup, 2),
@@ -293,10 +298,11 @@ def _check(
     classifiers: dict[str, Classifier], task: Task, split: str, options: dict[str, int]
 ) -> tuple[list[str], np.ndarray]:
     "The texts and class numbers of a labelled split, if there is something to measure."
-    if not classifiers or min(options.values()) < 1:
-        what = f"There is nothing to measure with {len(classifiers)} classifiers and {options}."
-        do = 'Pass {"teacher": classifier, …} and numbers of at least 1.'
-        raise EcomoptError(what, "compare", do)
+    if not classifiers:
+        do = 'Pass {"teacher": classifier, …}.'
+        raise EcomoptError("There is nothing to measure: no classifiers.", "compare", do)
+    for name, classifier in classifiers.items(): _check_classifier(classifier, name)
+    for name, value in options.items(): _whole_number(value, name)
     rows = getattr(task, split) if split in ("train", "valid", "test") else None
     if rows is None or not len(rows):
         what = f"Split {split!r} has no labelled rows to measure on."
@@ -357,6 +363,16 @@ def _pairs(
         quality_pair = paired_quality(predicted[first], classes, actual, seed)
         pairs[name] = PairedComparison(**quality_pair, **_speedups(rounds, first, name))
     return pairs
+
+# %% ../../nbs/core/14_measure.ipynb #ffbc7e70
+def _score(name: str, predicted: np.ndarray, actual: np.ndarray, task: Task) -> dict:
+    "The score by the task's metric; a class that is never predicted gets a warning."
+    missing = sorted(task.labels[i] for i in set(actual.tolist()) - set(predicted.tolist()))
+    if missing:
+        what = f"{name} predicts {', '.join(map(repr, missing))} for none of {len(actual)} texts."
+        warnings.warn(what, stacklevel=3)
+    metric = getattr(task.metric, "__name__", str(task.metric))
+    return dict(metric=metric, score=float(task.score(actual.tolist(), predicted.tolist())))
 
 # %% ../../nbs/core/14_measure.ipynb #ce6a901d
 def time_interleaved(
@@ -424,6 +440,7 @@ def compare(
         rounds, ms = time_interleaved(classifiers, texts, repeats, calls, batch_size, seed)
     for name, c in classifiers.items():
         fields = quality(predicted[name], actual, task.labels) | _speed(rounds, ms, name)
+        fields |= _score(name, predicted[name], actual, task)
         fields |= _size(c, texts, threads, batch_size, memory)
         fields["conditions"] = _conditions(c, task, options)
         measured[name] = Measurement(task.name, split, len(texts), **fields)

@@ -7,6 +7,7 @@ __all__ = ['Classifier', 'load_model', 'supports_bfloat16', 'fingerprint', 'trai
            'main']
 
 # %% ../../nbs/core/12_train.ipynb #f951c9a3
+import difflib
 import hashlib
 import json
 import os
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -31,17 +31,42 @@ from transformers import (
 
 from .. import EcomoptError
 from .assets import ASSETS, cache_dir, cached, fetch
+from ecomopt.core.checks import (
+    _first_line,
+    _fork_safe_lock,
+    _positive_number,
+    _text_rows,
+    _typed,
+    _whole_number,
+)
 from .data import Task
+from ecomopt.core.pretrained import (
+    _check_max_length,
+    _check_tokenizer,
+    _give_pad_token,
+    _load_pretrained,
+)
 
 # %% ../../nbs/core/12_train.ipynb #7bb4900a
+_tokenizing = _fork_safe_lock()  # a fast tokenizer keeps the truncation of its last call
+
+
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> list[list[int]]:
     "Turn texts into token ids, each list at most `max_length` long."
-    if isinstance(texts, str):
-        raise EcomoptError("A single string was given.", "texts", "Pass a list: ['your text'].")
-    if not len(texts): return []
-    return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    rows = _text_rows(texts)
+    if not rows: return []
+    with _tokenizing: return tokenizer(rows, truncation=True, max_length=max_length)["input_ids"]
+
+
+def _check_finite(logits: torch.Tensor) -> torch.Tensor:
+    "The logits, if none is NaN or infinite: the largest of NaNs is the first class."
+    wrong = (~torch.isfinite(logits)).flatten(1).any(1).nonzero().flatten().tolist()
+    if not wrong: return logits
+    what = f"The logits of row {wrong[0]} are not finite."
+    do = "Look for NaN or very large weights or scales; make the model again."
+    raise EcomoptError(what, "the model", do)
 
 # %% ../../nbs/core/12_train.ipynb #7dcde563
 @dataclass
@@ -50,6 +75,11 @@ class Classifier:
     model: PreTrainedModel              # any `...ForSequenceClassification`
     tokenizer: PreTrainedTokenizerBase  # the tokenizer it was trained with
     max_length: int = 128               # longer texts are truncated (tokens)
+
+    def __post_init__(self):
+        self.max_length = _whole_number(self.max_length, "max_length")
+        _check_max_length(self.model, self.max_length)
+        _check_tokenizer(self.model, self.tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -71,14 +101,14 @@ class Classifier:
     ) -> torch.Tensor:         # [len(texts), C], float32, in the order of `texts`
         "Compute logits, in batches of texts of similar length."
         self.model.eval()
-        ids = self.encode(texts)
+        ids, batch_size = self.encode(texts), _whole_number(batch_size, "batch_size")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         result = torch.empty(len(ids), self.model.config.num_labels)
         for start in range(0, len(ids), batch_size):
             rows = order[start:start + batch_size]
             padded = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
             result[rows] = self.model(**padded.to(self.model.device)).logits.float().cpu()
-        return result
+        return _check_finite(result)
 
     def predict(
         self,
@@ -87,20 +117,47 @@ class Classifier:
         "The most likely class of each text."
         return [self.labels[i] for i in self.logits(texts).argmax(1).tolist()]
 
+# %% ../../nbs/core/12_train.ipynb #d3fd0606
+def _check_classifier(classifier: object, argument: str) -> None:
+    "Raise if something else was passed where a classifier belongs, such as its path."
+    if isinstance(classifier, Classifier): return
+    what = f"{argument} is of type {type(classifier).__name__}, not a Classifier."
+    do = "Pass what load_model, finetune or ecomopt.load(path) returned."
+    raise EcomoptError(what, f"argument {argument}", do)
+
 # %% ../../nbs/core/12_train.ipynb #00ad1ed7
-def _from_pretrained(path: str | Path, labels: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
-    "A classification model, and the names of its tensors that the checkpoint has in another shape."
-    ids = dict(enumerate(labels))
-    label2id = {label: i for i, label in ids.items()}
-    config = AutoConfig.from_pretrained(path, id2label=ids, label2id=label2id)
-    model, found = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        config=config,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    return model, [name for name, *_ in found["mismatched_keys"]]
+def _known_models() -> list[str]:
+    "The assets that are models."
+    return [name for name, asset in ASSETS.items() if asset.kind == "model"]
+
+
+def _model_path(name: str | Path) -> str | Path:
+    "Where to look for a model: an asset, a directory, or a hub id."
+    models = _known_models()
+    if name in models: return fetch(name)
+    if isinstance(name, str) and not name.startswith((".", "/", "~")):
+        near = difflib.get_close_matches(name, models, n=1, cutoff=0.75)
+        if not near or Path(name).is_dir(): return name
+        what, do = f"There is no model {name!r}.", f"Did you mean {near[0]!r}?"
+        raise EcomoptError(what, f"the assets: {', '.join(models)}", do)
+    if isinstance(name, (str, Path)) and Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    what = f"There is no directory {str(name)[:200]!r}."
+    if not isinstance(name, (str, Path)): what = f"A model has no name of {type(name).__name__}."
+    do = f"Name an asset ({', '.join(models)}), a directory with safetensors, or a hub id."
+    raise EcomoptError(what, "argument model", do)
+
+
+def _check_answers(classifier: Classifier) -> None:
+    "Raise unless the model answers two texts, the longer one as long as it may be."
+    try: found = classifier.logits(["a", "a " * classifier.max_length]).shape
+    except EcomoptError: raise
+    except Exception as error:
+        name = type(classifier.model).__name__
+        what = f"{name} does not answer a text: {_first_line(error)}"
+        do = "Use another model, or its own tokenizer."
+        raise EcomoptError(what, "load_model", do) from error
+    assert found == (2, len(classifier.labels))
 
 # %% ../../nbs/core/12_train.ipynb #ec5d4946
 def load_model(
@@ -108,24 +165,21 @@ def load_model(
     labels: Sequence[str],  # the names of the classes
     max_length: int = 128,  # longer texts are truncated (tokens)
 ) -> Classifier:            # with a new, untrained head where the checkpoint has none that fits
-    "Load an encoder with a classification head."
-    path = fetch(name) if name in ASSETS else name
+    "Load an encoder with a classification head; every weight but those of a new head is loaded."
+    path, labels = _model_path(name), _text_rows(labels, "labels")
     try:
-        model, mismatched = _from_pretrained(path, labels)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
+        model = _load_pretrained(AutoModelForSequenceClassification, path, labels)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise EcomoptError(
-            f"The model cannot be loaded: {str(error).splitlines()[0]}",
+            f"The model cannot be loaded: {_first_line(error)}",
             f"model {str(name)!r}",
-            f"Name an asset ({', '.join(ASSETS)}), a directory with safetensors, or a hub id.",
+            f"Name one of {', '.join(_known_models())}, a directory with safetensors, or a hub id.",
         ) from error
-    encoder = f"{model.base_model_prefix}."  # the head may have another shape, the encoder not
-    wrong = [name for name in mismatched if name.startswith(encoder)]
-    if wrong:
-        what = f"{wrong[0]} has another shape than the configuration says."
-        do = "Save a pruned model with ecomopt.save, and load it with ecomopt.load."
-        raise EcomoptError(what, f"model {str(name)!r}", do)
-    return Classifier(model, tokenizer, max_length)
+    _give_pad_token(model, tokenizer)
+    classifier = Classifier(model, tokenizer, max_length)
+    _check_answers(classifier)
+    return classifier
 
 # %% ../../nbs/core/12_train.ipynb #5fadf361
 def supports_bfloat16() -> bool:
@@ -160,21 +214,23 @@ def fingerprint(
     return _digest([config, vocabulary, classifier.max_length, special, tensors])
 
 # %% ../../nbs/core/12_train.ipynb #f06d4314
-def _check_arguments(numbers: dict, processes: int, others: dict) -> None:
-    "Raise for numbers that cannot be, a batch that cannot be divided, and unknown arguments."
-    for name, value in numbers.items():
-        if not value > 0:
-            what = f"{name} is {value!r}."
-            raise EcomoptError(what, f"argument {name}", "Give a number above 0.")
+def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:
+    "The numbers as Python's own; raise for those that cannot be, and for unknown arguments."
+    checked = {name: _positive_number(numbers[name], name) for name in ("epochs", "learning_rate")}
+    checked["batch_size"] = _whole_number(numbers["batch_size"], "batch_size")
+    numbers = dict(checked, seed=_whole_number(numbers["seed"], "seed", 0))
     if numbers["batch_size"] % processes:
         raise EcomoptError(
             f"{processes} processes cannot share a batch of {numbers['batch_size']}.",
             "argument batch_size",
             f"Give a multiple of {processes}.",
         )
-    for name in others.keys() - {field.name for field in fields(TrainingArguments)}:
-        what = f"There is no argument {name!r}."
-        raise EcomoptError(what, "TrainingArguments", "Look the name up in its documentation.")
+    names = [field.name for field in fields(TrainingArguments)]
+    for name in others.keys() - set(names):
+        near = difflib.get_close_matches(name, [*names, *numbers], n=1)
+        do = f"Did you mean {near[0]!r}?" if near else "Look the name up in its documentation."
+        raise EcomoptError(f"There is no argument {name!r}.", "TrainingArguments", do)
+    return numbers
 
 # %% ../../nbs/core/12_train.ipynb #169cbb00
 def _default_arguments() -> dict:
@@ -204,32 +260,41 @@ def training_arguments(
 ) -> TrainingArguments:    # no output, nothing written to disk, batches of similar length
     "Make the arguments of a training."
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun and accelerate set it
-    numbers = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
-    _check_arguments(numbers, processes, others)
+    numbers = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    numbers = _check_arguments(numbers, processes, others)
+    numbers["num_train_epochs"] = numbers.pop("epochs")
+    numbers["per_device_train_batch_size"] = numbers.pop("batch_size")
     defaults = _default_arguments()
     if processes > 1:  # batch_size is that of all processes together
         defaults["accelerator_config"] = {"split_batches": True}
-    return TrainingArguments(
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        per_device_train_batch_size=batch_size,
-        seed=seed,
-        **{**defaults, **others},
-    )
+    try: return TrainingArguments(**{**defaults, **numbers, **others})
+    except (ValueError, TypeError) as error:
+        what = f"The training cannot be set up: {_first_line(error)}"
+        raise EcomoptError(what, "TrainingArguments", "Correct this argument.") from error
 
 # %% ../../nbs/core/12_train.ipynb #6c109717
+def _check_known_words(classifier: Classifier, ids: Sequence[Sequence[int]]) -> None:
+    "Raise if the tokenizer does not know most words of the texts."
+    special = set(classifier.tokenizer.all_special_ids)
+    unknown = sum(row.count(classifier.tokenizer.unk_token_id) for row in ids)
+    words = sum(token not in special for row in ids for token in row) + unknown
+    if unknown > words / 2:
+        what = f"The tokenizer does not know {unknown / words:.0%} of the tokens of these texts."
+        do = "Use the model's own tokenizer, and a model that knows the language."
+        raise EcomoptError(what, "the tokenizer", do)
+
+
 def tokenized(
     classifier: Classifier,  # whose tokenizer to use
     data: Dataset,           # with the columns text and label
 ) -> Dataset:                # with the columns input_ids and labels
     "Turn texts into what a `Trainer` reads."
-    def encode(row): return {"input_ids": classifier.encode(row["text"])}
+    if not len(data): raise EcomoptError("There are no texts.", "the train split", "Pass some.")
+    ids = classifier.encode(data["text"])
+    _check_known_words(classifier, ids)
+    return Dataset.from_dict({"input_ids": ids, "labels": data["label"]})
 
-    rows = data.select_columns(["text", "label"])
-    rows = rows.map(encode, batched=True, keep_in_memory=True, load_from_cache_file=False)
-    return rows.remove_columns("text").rename_column("label", "labels")
-
-
+# %% ../../nbs/core/12_train.ipynb #8260b3b5
 def _training_config(args: TrainingArguments, callbacks: Sequence = ()) -> dict:
     "The arguments that differ from their defaults, except the output directory, and the callbacks."
     plain = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
@@ -242,10 +307,14 @@ def _training_config(args: TrainingArguments, callbacks: Sequence = ()) -> dict:
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -260,6 +329,58 @@ class _Resumable(TrainerCallback):
         if args.world_size > 1: dist.barrier()
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero: (checkpoint / "complete").touch()
+
+# %% ../../nbs/core/12_train.ipynb #c54eeed3
+_training = _fork_safe_lock()  # the random state belongs to the whole process
+
+
+def _class_weights(task: Task, given: str | Sequence[float] | None) -> list[float] | None:
+    "The weight of each class, with mean 1 over the train split."
+    if given is None: return None
+    n, C = len(task.train), len(task.labels)
+    counts = [task.train["label"].count(c) for c in range(C)]
+    if given == "balanced": return [n / (C * count) for count in counts]
+    if isinstance(given, str) or len(given) != C:
+        what, where = f"class_weights is {given!r}.", "argument class_weights"
+        raise EcomoptError(what, where, f"Give 'balanced', or {C} numbers: one for each class.")
+    weights = [_positive_number(weight, "class_weights") for weight in given]
+    mean = sum(weight * count for weight, count in zip(weights, counts)) / n
+    return [weight / mean for weight in weights]
+
+
+def _warn_unpredicted(classifier: Classifier, task: Task, most: int = 256) -> None:
+    "Warn of classes that the model gives to none of the first texts of the valid split."
+    rows = task.valid.select(range(min(len(task.valid), most)))
+    predicted = set(classifier.predict(rows["text"]))
+    missing = {task.labels[i] for i in rows["label"]} - predicted
+    if missing:
+        names = ", ".join(sorted(map(repr, missing)))
+        warnings.warn(f"The model predicts {names} for none of {len(rows)} texts.", stacklevel=3)
+
+# %% ../../nbs/core/12_train.ipynb #4c4d13b0
+class _BestEpoch(TrainerCallback):
+    "Keeps the weights of the epoch with the best score on the valid split."
+
+    def __init__(self, classifier: Classifier, task: Task):
+        self.classifier, self.task = classifier, task
+
+    def spec(self) -> dict: return dict(task=self.task.fingerprint)  # its metric and valid split
+
+    def _file(self, args) -> Path: return Path(args.output_dir, "best.safetensors")
+
+    def on_epoch_end(self, args, state, control, **others):
+        file, valid = self._file(args), self.task.valid
+        predicted = self.classifier.logits(valid["text"]).argmax(1).tolist()
+        score, best = self.task.score(valid["label"], predicted), float("-inf")
+        if file.exists():
+            with safe_open(file, "pt") as old: best = float(old.metadata()["score"])
+        if score > best and state.is_world_process_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_safetensors(self.classifier.model, file, {"score": repr(float(score))})
+
+    def on_train_end(self, args, state, control, **others):
+        if args.world_size > 1: dist.barrier()
+        load_safetensors(self.classifier.model, self._file(args))
 
 # %% ../../nbs/core/12_train.ipynb #0eefd950
 def _broadcast_flag(flag: bool, args: TrainingArguments) -> bool:
@@ -308,32 +429,52 @@ def _cached_training(
     shutil.rmtree(folder, ignore_errors=True)
     return path
 
+# %% ../../nbs/core/12_train.ipynb #7524dde7
+def _finetune(
+    classifier: Classifier,
+    task: Task,
+    args: TrainingArguments,
+    weights: list[float] | None,
+    callbacks: list,
+    cache: bool,
+) -> Classifier:
+    "Train a copy of a classifier, or read it from the cache."
+    train = partial(_train, classifier, task.train, args, weights, callbacks)
+    if cache:
+        data = _digest([task.train["text"][:], task.train["label"][:]])
+        key = dict(model=fingerprint(classifier), data=data)
+        if weights: key["class_weights"] = weights
+        path = _cached_training("finetune", key, args, callbacks, train)
+        return load_model(path, task.labels, classifier.max_length)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        train(Path(args.output_dir))
+        return load_model(args.output_dir, task.labels, classifier.max_length)
+
 # %% ../../nbs/core/12_train.ipynb #34ac33a4
 def finetune(
     model: str | Path,            # an asset ("minilm"), a local directory, or a hub id
-    task: Task,                   # its train split is used, and no other
+    task: Task,                   # its train split is used; its valid split for `select_best`
     epochs: float = 4,            # passes over the train split
     learning_rate: float = 5e-5,  # the highest rate of the schedule
     batch_size: int = 32,         # sentences per step
     seed: int = 0,                # of the new head, the order of the data and dropout
     max_length: int = 128,        # longer texts are truncated (tokens)
+    class_weights: str | Sequence[float] | None = None,  # "balanced", or one number per class
+    select_best: bool = False,    # keep the epoch that scores best on the valid split
     callbacks: Sequence = (),     # `transformers.TrainerCallback`s
     cache: bool = True,           # look in the cache, and write to it; False: nothing stays on disk
     **others,                     # any other field of `TrainingArguments`
 ) -> Classifier:                  # in evaluation mode
     "Fine-tune a model on a task (Devlin et al. 2019); a finished training is read from the cache."
-    set_seed(seed)
-    classifier = load_model(model, task.labels, max_length)
     args = training_arguments(epochs, learning_rate, batch_size, seed, **others)
-    train = partial(_train, classifier, task.train, args, list(callbacks))
-    if cache:
-        data = _digest([task.train["text"][:], task.train["label"][:]])
-        key = dict(model=fingerprint(classifier), data=data)
-        path = _cached_training("finetune", key, args, callbacks, train)
-        return load_model(path, task.labels, max_length)
-    with tempfile.TemporaryDirectory() as args.output_dir:
-        train(Path(args.output_dir))
-        return load_model(args.output_dir, task.labels, max_length)
+    with _training:
+        set_seed(args.seed)
+        classifier = load_model(model, task.labels, max_length)
+        weights, best = _class_weights(task, class_weights), _BestEpoch(classifier, task)
+        callbacks = [*callbacks, *[best][:select_best]]
+        result = _finetune(classifier, task, args, weights, callbacks, cache)
+    _warn_unpredicted(result, task)
+    return result
 
 # %% ../../nbs/core/12_train.ipynb #128f858b
 def run(
@@ -354,29 +495,29 @@ def run(
         raise EcomoptError(what, f"seed {args.seed}", "Lower learning_rate.")
 
 # %% ../../nbs/core/12_train.ipynb #f204ee30
-def _loss(smoothing: float, outputs, labels, num_items_in_batch: int) -> torch.Tensor:
+def _loss(
+    weights: torch.Tensor | None, smoothing: float, outputs, labels, num_items_in_batch: int
+) -> torch.Tensor:
     "Mean cross-entropy of the sentences of a step, over all its micro-batches and processes."
-    total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing)
-    return total / num_items_in_batch
+    if weights is not None: weights = weights.to(outputs.logits)
+    options = dict(weight=weights, label_smoothing=smoothing, reduction="sum")
+    return F.cross_entropy(outputs.logits, labels, **options) / num_items_in_batch
 
 
 def _train(
     classifier: Classifier,
     data: Dataset,
     args: TrainingArguments,
+    weights: list[float] | None,
     callbacks: list,
     directory: Path,
 ) -> None:
     "Train and save."
-    trainer = Trainer(
-        classifier.model,
-        args,
-        train_dataset=tokenized(classifier, data),
-        callbacks=callbacks,
-        compute_loss_func=partial(_loss, args.label_smoothing_factor),
-        data_collator=DataCollatorWithPadding(classifier.tokenizer),
-    )
-    run(trainer)
+    weights = torch.tensor(weights) if weights else None
+    options = dict(train_dataset=tokenized(classifier, data), callbacks=callbacks)
+    options["compute_loss_func"] = partial(_loss, weights, args.label_smoothing_factor)
+    collator = DataCollatorWithPadding(classifier.tokenizer)
+    run(Trainer(classifier.model, args, data_collator=collator, **options))
     classifier.model.save_pretrained(directory)
     classifier.tokenizer.save_pretrained(directory)
 
@@ -384,26 +525,35 @@ def _train(
 import argparse
 import importlib
 from datetime import timedelta
+from typing import get_type_hints
 
 from accelerate import PartialState
 
 from .data import load_task
 
 # %% ../../nbs/core/12_train.ipynb #69fa1688
-def _json_or_text(text: str) -> object:
-    "A value of the command line: JSON if it can be, a string if not."
-    try: return json.loads(text)
-    except ValueError: return text
+def _option_types(step: str) -> dict:
+    "The type of each option of a step, as its arguments declare it."
+    public = importlib.import_module("ecomopt")
+    types = get_type_hints(TrainingArguments) | get_type_hints(getattr(public, step))
+    if step == "distill": types = get_type_hints(public.DistillationTrainer.__init__) | types
+    given = {"return", "model", "teacher", "teacher_model", "task", "callbacks"}
+    return {name: types[name] for name in types.keys() - given}
 
 
-def _parse_options(words: list[str]) -> dict:
+def _parse_options(words: list[str], types: dict) -> dict:
     "Turn `--batch-size 32 --bf16 false` into keyword arguments."
-    names, values = words[::2], words[1::2]
+    names, values, where = words[::2], words[1::2], "the command line"
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         what = f"Options are pairs of name and value, not {' '.join(words)!r}."
-        raise EcomoptError(what, "the command line", "Write --epochs 2, for example.")
+        raise EcomoptError(what, where, "Write --epochs 2, for example.")
     names = [name[2:].replace("-", "_") for name in names]
-    return {name: _json_or_text(text) for name, text in zip(names, values)}
+    for name in names:
+        if name in types: continue
+        near = difflib.get_close_matches(name, types, n=1)
+        do = f"Did you mean --{near[0].replace('_', '-')}?" if near else "See --help."
+        raise EcomoptError(f"There is no option --{name.replace('_', '-')}.", where, do)
+    return {name: _typed(text, types[name], name) for name, text in zip(names, values)}
 
 # %% ../../nbs/core/12_train.ipynb #99f2c377
 def _init_process_group(timeout: float) -> None:
@@ -438,9 +588,10 @@ def main(
     "Train from the command line and save an artifact; a killed training is resumed."
     known, others = _parser().parse_known_args(words)
     options = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
-    options |= _parse_options(others)
+    options |= _parse_options(others, _option_types(known.step))
     _init_process_group(options.get("ddp_timeout", 1800))
     is_file = Path(known.task).suffix
+    importlib.import_module("ecomopt.core.artifact")._check_target(Path(known.out))
     task = Task.from_csv(known.task, "text", "label") if is_file else load_task(known.task)
     public = importlib.import_module("ecomopt")  # steps and artifacts by their public names
     model = public.load(known.model) if known.step == "distill" else known.model

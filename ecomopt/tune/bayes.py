@@ -7,8 +7,7 @@ __all__ = ['log_warp', 'Tuner', 'partial_dependence', 'plot_tuning']
 
 # %% ../../nbs/tune/42_bayes.ipynb #8625018a
 import warnings
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +19,7 @@ from skopt.space import Categorical, Dimension, Space
 from skopt.utils import normalize_dimensions
 
 from .. import EcomoptError
+from ..core.checks import _whole_number
 from .gp import GaussianProcess, log_expected_improvement
 from ecomopt.tune.search import (
     RandomSearch,
@@ -38,9 +38,12 @@ def log_warp(
 ) -> np.ndarray:         # [n], 0 for the best and log 2 for the median
     "Log-transform values, equation (2); where the median is the best value, with the mean instead."
     values = np.asarray(values, float)
-    above = values - values.min()
-    scale = np.median(above) or above.mean() or 1.0
-    return np.log1p(above / scale)
+    if not values.size or not np.isfinite(values).all():
+        raise EcomoptError("Not all values are finite.", "log_warp", "Give one number or more.")
+    above = values / 2 - values.min() / 2  # the unit does not matter, and a half cannot overflow
+    with np.errstate(over="ignore"):
+        scale = np.median(above) or above.mean() or 1.0
+        return np.log1p(np.minimum(above / scale, 1e300))
 
 # %% ../../nbs/tune/42_bayes.ipynb #d7c48c56
 def _to_params(space: dict[str, Dimension], point: Sequence) -> dict:
@@ -49,6 +52,32 @@ def _to_params(space: dict[str, Dimension], point: Sequence) -> dict:
         if not isinstance(dimension, Categorical): return _native(value)
         return next(c for c in dimension.categories if c == value or str(c) == str(value))
     return {name: original(value, d) for (name, d), value in zip(space.items(), point)}
+
+
+def _latin_hypercube(space: dict[str, Dimension], n: int, seed: int) -> list[dict]:
+    "Points spread over a space; categories are drawn by their number."
+    categories = [getattr(dimension, "categories", None) for dimension in space.values()]
+    numbered = [
+        Categorical(range(len(given))) if given else dimension
+        for dimension, given in zip(space.values(), categories)
+    ]
+    sampler = Lhs(criterion="maximin" if n <= 100 else None, iterations=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = sampler.generate(normalize_dimensions(numbered), n, random_state=seed)
+    def value(x, given): return given[int(x)] if given else _native(x)
+    return [dict(zip(space, map(value, point, categories))) for point in drawn]
+
+# %% ../../nbs/tune/42_bayes.ipynb #04bfa3d4
+def _informative(X: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    "Indices of n rows of X [m, d]: the best half, then ever the one farthest from all chosen."
+    chosen = np.argsort(values, kind="stable")[:n // 2].tolist()
+    distance = np.full(len(X), np.inf)  # squared, to the nearest chosen row
+    for i in range(n):
+        if i == len(chosen): chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.square(X - X[chosen[i]]).sum(1))
+        distance[chosen[i]] = -1
+    return np.array(chosen)
 
 # %% ../../nbs/tune/42_bayes.ipynb #c98cc9cf
 class Tuner(RandomSearch):
@@ -60,30 +89,29 @@ class Tuner(RandomSearch):
         n_initial_points: int = 4,         # trials before the process is used
         cost_aware: bool = False,          # improvement per second, where trials differ in cost
         warm_start: Sequence[Trial] = (),  # of an earlier task; the best are tried first
+        max_points: int = 200,             # the process is fitted to, of a longer search
     ):
         super().__init__(space, seed)
-        if not (isinstance(n_initial_points, Integral) and n_initial_points > 0):
-            what = f"n_initial_points is {n_initial_points!r}."
-            raise EcomoptError(what, "Tuner", "Give a positive integer.")
+        n = _whole_number(n_initial_points, "n_initial_points", 1, 10_000)
         self.cost_aware = cost_aware
-        self.initial_points = self._choose_initial_points(n_initial_points, warm_start)
+        self.max_points = _whole_number(max_points, "max_points", 10)
+        self.initial_points = self._choose_initial_points(n, warm_start)
 
     def _choose_initial_points(self, n: int, warm_start: Sequence[Trial]) -> list[dict]:
         "Up to a half are the best of an earlier task, the others a Latin hypercube."
-        succeeded = [trial for trial in warm_start if trial.value is not None]
+        trials = list(warm_start) if isinstance(warm_start, Iterable) else [None]
+        if not all(isinstance(trial, Trial) for trial in trials):
+            what = "warm_start is no list of trials."
+            raise EcomoptError(what, "Tuner", "Give what `search` returned.")
+        succeeded = [t for t in trials if t.value is not None and np.isfinite(t.value)]
         succeeded.sort(key=lambda trial: (trial.value, trial.number))
         points = [_check_params(self.space, trial.params) for trial in succeeded[:(n + 1) // 2]]
-        sampler = Lhs(criterion="maximin", iterations=200)
-        dimensions = normalize_dimensions(list(self.space.values()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            drawn = sampler.generate(dimensions, n, random_state=self.seed)
-        return [*points, *(_to_params(self.space, point) for point in drawn)][:n]
+        return [*points, *_latin_hypercube(self.space, n, self.seed)][:n]
 
     def suggest(self, number: int) -> dict | None:
         "An initial point, or the maximum of the acquisition function."
         if number < len(self.initial_points):
-            point = next((point for point in self.initial_points if not self.seen(point)), None)
+            point = self._first_untried(self.initial_points)
             if point: return point
         if all(trial.value is None for trial in self.trials): return super().suggest(number)
         return self._maximize_acquisition(number)
@@ -95,7 +123,7 @@ class Tuner(RandomSearch):
             params = _to_params(self.space, optimizer.ask())
             if _all_points(self.space) is None and not self.seen(params): return params
             points = self._candidates(number)
-            if not points: return None
+            if not points: return super().suggest(number)
             return points[int(np.argmax(self._log_acquisition(optimizer, points)))]
 
     def _candidates(self, number: int) -> list[dict]:
@@ -105,8 +133,7 @@ class Tuner(RandomSearch):
             state = _random_state(self.seed, number, 1)
             drawn = Space(list(self.space.values())).rvs(1000, random_state=state)
             points = [_to_params(self.space, point) for point in drawn]
-        tried = {tuple(trial.params.values()) for trial in [*self.trials, *self.pending]}
-        return [point for point in points if tuple(point.values()) not in tried]
+        return [point for point in points if tuple(point.values()) not in self._numbers]
 
     def _log_acquisition(self, optimizer: Optimizer, points: list[dict]) -> np.ndarray:
         "Logarithm of equation (1), or of (3)."
@@ -120,11 +147,14 @@ class Tuner(RandomSearch):
         return log_improvement - mean + std**2 / 2
 
     def _optimizer(self, number: int) -> Optimizer:
-        "An optimizer that has been told all trials."
+        "An optimizer that has been told all trials, or those that matter most."
         points, values, seconds = self._observations()
         values = log_warp(values)
         dimensions = normalize_dimensions(list(self.space.values()))
         for name, dimension in zip(self.space, dimensions): dimension.name = name
+        if len(points) > self.max_points:
+            kept = _informative(dimensions.transform(points), values, self.max_points)
+            points, values, seconds = [points[i] for i in kept], values[kept], seconds[kept]
         seed = _random_state(self.seed, number).randint(2**31)
         optimizer = Optimizer(
             dimensions,
@@ -138,8 +168,7 @@ class Tuner(RandomSearch):
             random_state=seed,
         )
         if self.cost_aware:
-            seconds = seconds / seconds.min() * np.exp(values.min())
-            values = np.stack([values, seconds], axis=1)
+            values = np.stack([values, seconds / seconds.min() * np.exp(values.min())], axis=1)
         optimizer.tell(points, values.tolist())
         return optimizer
 
@@ -147,7 +176,7 @@ class Tuner(RandomSearch):
         "Points, values, seconds; the worst value for failed trials, the best for pending ones."
         known = [trial.value for trial in self.trials if trial.value is not None]
         values = [max(known) if trial.value is None else trial.value for trial in self.trials]
-        seconds = [max(trial.seconds, 1e-6) for trial in self.trials]
+        seconds = [min(max(trial.seconds, 1e-6), 1e12) for trial in self.trials]
         typical = np.median(seconds)
         for _ in self.pending:
             values.append(min(known))
@@ -159,7 +188,8 @@ class Tuner(RandomSearch):
         "All points and the fitted process, as scikit-optimize gives them; it fits warped values."
         lowest = self.best.value
         result = self._optimizer(self._next_number).get_result()
-        result.func_vals, result.fun = self._observations()[1], lowest
+        result.x_iters, result.func_vals, _ = self._observations()
+        result.fun = lowest
         return result
 
 # %% ../../nbs/tune/42_bayes.ipynb #71d3e045

@@ -6,8 +6,9 @@
 __all__ = ['SPACE', 'TextInputError', 'TransformerClassifier']
 
 # %% ../../nbs/tune/43_estimator.ipynb #570eb7ce
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from numbers import Real as Number
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from datasets import Dataset
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from skopt.space import Real
 
 from .. import EcomoptError
+from ..core.checks import _is_bool, _text_fault, _whole_number
 from ..core.data import Task
 from ..core.train import finetune
 
@@ -30,30 +32,68 @@ class TextInputError(EcomoptError, ValueError):
     "Texts or labels that cannot be learned from; also a `ValueError`, which scikit-learn expects."
 
 
-def _texts(X: Sequence[str]) -> list[str]:
-    "A list of texts, from any container."
-    if isinstance(X, str):
-        raise TextInputError("A single string was given.", "X", "Pass a list: ['your text'].")
-    texts = list(X)
-    odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if odd is not None:
-        what = f"Row {odd} is not a text but {type(texts[odd]).__name__}."
+def _rows(X: Iterable, name: str) -> list:
+    "A list of what a list, tuple, array, column or generator contains."
+    if isinstance(X, (str, bytes)):
+        raise TextInputError("A single string was given.", name, "Pass a list: ['your text'].")
+    is_ordered = isinstance(X, Iterable) and not isinstance(X, (Mapping, set, frozenset))
+    if is_ordered and getattr(X, "ndim", 1) == 1: return list(X)
+    what = f"{type(X).__name__} is not a list of rows."
+    raise TextInputError(what, name, "Pass a list; of a table, one column.")
+
+# %% ../../nbs/tune/43_estimator.ipynb #8f696908
+def _texts(X: Iterable[str]) -> list[str]:
+    "A list of texts, from any container that keeps their order."
+    texts = _rows(X, "X")
+    for i, text in enumerate(texts):
+        fault = _text_fault(text)
+        if fault is None: continue
+        what = f"Row {i} is not a text: it is {fault}."
         raise TextInputError(what, "X", "Pass a list of texts; of a table, one column.")
-    if not texts:
-        raise TextInputError("There are no texts: 0 sample(s).", "X", "Pass one text or more.")
-    return texts
+    if texts: return list(map(str, texts))
+    raise TextInputError("There are no texts: 0 sample(s).", "X", "Pass one text or more.")
+
+
+def _kind(label: object) -> str | None:
+    "What a label is; None where it is missing."
+    if isinstance(label, str): return "text"
+    if _is_bool(label): return "truth value"
+    return "number" if isinstance(label, Number) and np.isfinite(label) else None
 
 # %% ../../nbs/tune/43_estimator.ipynb #78bc4a8c
-def _task(X: Sequence[str], y: Sequence) -> tuple[np.ndarray, Task]:
-    "The classes, and a task with nothing but a train split."
-    texts = _texts(X)
+def _labels(y: Iterable) -> np.ndarray:
+    "Labels as an array, all of one kind: NumPy would turn a missing one into the text 'nan'."
     if y is None:
         what = "This estimator requires y to be passed, but the target y is None."
         raise TextInputError(what, "y", "Pass a label for each text.")
-    y = column_or_1d(np.asarray(y), warn=True)
-    check_consistent_length(texts, y)
-    check_classification_targets(y)
-    classes, numbers = np.unique(y, return_inverse=True)
+    is_array = hasattr(y, "ndim")
+    try:
+        labels = column_or_1d(
+            np.asarray(y) if is_array else np.array(_rows(y, "y"), object), warn=True
+        )
+    except TextInputError:
+        raise
+    except ValueError as error:
+        raise TextInputError(f"{error}", "y", "Pass a label for each text.") from error
+    kinds = list(map(_kind, labels))
+    odd = next((i for i, kind in enumerate(kinds) if kind is None or kind != kinds[0]), None)
+    if odd is not None:
+        what = f"Label {odd} is {labels[odd]!r}, and label 0 is {labels[0]!r}."
+        hint = "Pass labels of one kind: texts, finite numbers, or True and False; none missing."
+        raise TextInputError(what, "y", hint)
+    return labels if is_array else np.asarray(labels.tolist())
+
+# %% ../../nbs/tune/43_estimator.ipynb #d44cbed6
+def _task(X: Iterable[str], y: Iterable) -> tuple[np.ndarray, Task]:
+    "The classes, and a task with nothing but a train split."
+    texts, labels = _texts(X), _labels(y)
+    if len(texts) != len(labels):
+        what = f"Numbers of texts and labels are inconsistent: {len(texts)} and {len(labels)}."
+        raise TextInputError(what, "X and y", "Pass a label for each text.")
+    try: check_classification_targets(labels)
+    except ValueError as error:
+        raise TextInputError(f"{error}", "y", "Pass a class for each text.") from error
+    classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         what = f"A classifier needs two classes or more; here is one class: {classes[0]}."
         raise TextInputError(what, "y", "Pass texts of other classes too.")
@@ -61,6 +101,25 @@ def _task(X: Sequence[str], y: Sequence) -> tuple[np.ndarray, Task]:
     rows = Dataset.from_dict({"text": texts, "label": numbers.tolist(), "group": groups})
     none = rows.select([])
     return classes, Task("scikit-learn", tuple(map(str, classes)), rows, none, none, none)
+
+# %% ../../nbs/tune/43_estimator.ipynb #0ff484ed
+def _seed(random_state: int | np.random.RandomState | None) -> int:
+    "A seed for `finetune`."
+    if isinstance(random_state, Integral):
+        return _whole_number(random_state, "random_state", 0, 2**32 - 1)
+    try: return int(check_random_state(random_state).randint(2**31))
+    except ValueError as error:
+        hint = "Give a whole number, a numpy.random.RandomState or None."
+        raise EcomoptError(f"{error}", "argument random_state", hint) from error
+
+
+def _class_weights(given: str | Mapping | None, classes: np.ndarray) -> str | list | None:
+    "Weights in the order of the classes; 1 for a class that has none."
+    if given is None or isinstance(given, str): return given
+    unknown = given.keys() - set(classes.tolist()) if isinstance(given, Mapping) else True
+    if not unknown: return [given.get(label, 1.0) for label in classes.tolist()]
+    hint = f"Give 'balanced', or a dictionary with weights of {', '.join(map(str, classes))}."
+    raise EcomoptError(f"class_weight is {given!r}.", "argument class_weight", hint)
 
 # %% ../../nbs/tune/43_estimator.ipynb #22fee80d
 class TransformerClassifier(ClassifierMixin, BaseEstimator):
@@ -75,19 +134,19 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         max_length: int = 128,         # longer texts are truncated (tokens)
         random_state: int | None = 0,  # of the new head, the order of the data and dropout
         cache: bool = False,           # store each trained model, so that no training is repeated
+        class_weight: str | dict | None = None,  # "balanced", or label → weight
     ):
         self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
         self.epochs, self.batch_size, self.max_length = epochs, batch_size, max_length
         self.random_state, self.cache = random_state, cache
+        self.class_weight = class_weight
 
     def fit(self,
         X: Sequence[str],  # texts
         y: Sequence,       # a label for each, of any kind
     ) -> "TransformerClassifier":
         "Fine-tune the model; the result is `classifier_`, which `ecomopt.save` takes."
-        self.classes_, task = _task(X, y)
-        seed = self.random_state
-        if not isinstance(seed, Integral): seed = check_random_state(seed).randint(2**31)
+        classes, task = _task(X, y)
         self.classifier_ = finetune(
             self.model,
             task,
@@ -96,9 +155,11 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             weight_decay=self.weight_decay,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            seed=int(seed),
+            seed=_seed(self.random_state),
+            class_weights=_class_weights(self.class_weight, classes),
             cache=self.cache,
         )
+        self.classes_ = classes
         return self
 
     def predict_proba(self,

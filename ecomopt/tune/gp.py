@@ -13,8 +13,10 @@ from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import erfcx, log_ndtr, ndtr
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 
 from .. import EcomoptError
+from ..core.checks import _whole_number
 
 # %% ../../nbs/tune/41_gp.ipynb #aaee7a15
 def _rbf(r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,20 +69,26 @@ def _objective(
     return -value - log_prior, -slope - prior_slope
 
 # %% ../../nbs/tune/41_gp.ipynb #63e45520
+def _numbers(array: object, name: str) -> np.ndarray:
+    "Finite numbers as an array of floats."
+    try: array = np.asarray(array, float)
+    except (TypeError, ValueError) as error:
+        what = f"{name} is not an array of numbers: {str(error).rstrip('.')}."
+        raise EcomoptError(what, f"argument {name}", "Encode categories as numbers.") from error
+    if np.isfinite(array).all(): return array
+    what = "Not all numbers are finite."
+    raise EcomoptError(what, f"argument {name}", "Leave out NaN and infinity.")
+
+
 def _check(X: np.ndarray, y: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
     "Check points [n, d] and values [n]."
-    if kernel not in _KERNELS:
+    if not isinstance(kernel, str) or kernel not in _KERNELS:
         hint = f"Give one of {', '.join(_KERNELS)}."
         raise EcomoptError(f"There is no kernel {kernel!r}.", "argument kernel", hint)
-    X, y = np.asarray(X, float), np.asarray(y, float)
-    if X.ndim != 2 or y.shape != X.shape[:1] or not len(y):
-        what = f"The shapes {X.shape} and {y.shape} do not fit."
-        raise EcomoptError(what, "GaussianProcess.fit", "Give X [n, d] and y [n], n above 0.")
-    for name, array in (("X", X), ("y", y)):
-        if np.isfinite(array).all(): continue
-        what = "Not all numbers are finite."
-        raise EcomoptError(what, f"argument {name}", "Leave out NaN and infinity.")
-    return X, y
+    X, y = _numbers(X, "X"), _numbers(y, "y")
+    if X.ndim == 2 and y.shape == X.shape[:1] and X.size: return X, y
+    what = f"The shapes {X.shape} and {y.shape} do not fit."
+    raise EcomoptError(what, "GaussianProcess.fit", "Give X [n, d] and y [n], n above 0.")
 
 # %% ../../nbs/tune/41_gp.ipynb #cf400911
 def _best_theta(
@@ -118,6 +126,7 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
     ) -> "GaussianProcess":
         "Find hyperparameters, equations (4) and (5), and prepare equation (3)."
         X, y = _check(X, y, self.kernel)
+        _whole_number(self.n_starts, "n_starts")
         self.X_, self.n_features_in_ = X, X.shape[1]
         self.center_ = y.mean()
         self.scale_ = y.std() if np.ptp(y) > 0 else 1.0
@@ -136,6 +145,13 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
         self.alpha_ = cho_solve((self.L_, True), y)
         return self
 
+    def _check_points(self, X: np.ndarray) -> np.ndarray:
+        if not hasattr(self, "theta_"): check_is_fitted(self)
+        X = _numbers(X, "X")
+        if X.ndim == 2 and X.shape[1] == self.n_features_in_: return X
+        hint = f"Give X [m, {self.n_features_in_}]."
+        raise EcomoptError(f"The shape of X is {X.shape}.", "GaussianProcess.predict", hint)
+
     def predict(self,
         X: np.ndarray,                   # points [m, d]
         return_std: bool = False,        # also the standard deviations
@@ -143,7 +159,7 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
         return_std_grad: bool = False,   # also that of the standard deviation
     ) -> np.ndarray | tuple:             # means [m]; standard deviations [m]; gradients [d]
         "Equation (3): posterior mean and standard deviation of the function, without noise."
-        X, s2 = np.asarray(X, float), np.exp(self.theta_[0])
+        X, s2 = self._check_points(X), np.exp(self.theta_[0])
         weights = np.exp(-2 * self.theta_[1:-1])
         A, B = X * weights**0.5, self.X_ * weights**0.5
         r2 = np.maximum((A * A).sum(1)[:, None] + (B * B).sum(1) - 2 * A @ B.T, 0)

@@ -13,22 +13,25 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Integral
 from numbers import Real as Number
+from operator import attrgetter
 from pathlib import Path
 from time import monotonic, perf_counter
 
 import numpy as np
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed, effective_n_jobs
-from skopt.space import Categorical, Dimension, Real, Space, check_dimension
+from skopt.space import Categorical, Dimension, Integer, Real, check_dimension
 from tqdm import tqdm
 
 from .. import EcomoptError
+from ..core.checks import _is_bool, _whole_number
 
 # %% ../../nbs/tune/40_search.ipynb #9b16547b
 def _native(value: object) -> object:
@@ -36,13 +39,15 @@ def _native(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _number(value: object) -> float:
+def _number(value: object, where: str = "the objective") -> float:
     "Convert a number of Python, NumPy or torch to a float, and refuse all else."
-    if hasattr(value, "item") and getattr(value, "size", 1) != 0 and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, Number): return float(value)
+    number = value
+    try:
+        if getattr(value, "ndim", None) == 0: number = value.item()
+        if isinstance(number, Number): return float(number)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError): pass  # too large, or masked
     hint = "Return one number, lower is better."
-    raise EcomoptError(f"The value {value!r} is not a number.", "the objective", hint)
+    raise EcomoptError(f"The value {value!r} is not a number.", where, hint)
 
 
 def _random_state(*seeds: int) -> np.random.RandomState:
@@ -52,42 +57,69 @@ def _random_state(*seeds: int) -> np.random.RandomState:
 
 def _draw(space: dict[str, Dimension], state: np.random.RandomState) -> dict:
     "A random point."
-    return dict(zip(space, map(_native, Space(list(space.values())).rvs(random_state=state)[0])))
+    return {name: _native(d.rvs(1, random_state=state)[0]) for name, d in space.items()}
 
 # %% ../../nbs/tune/40_search.ipynb #a15bb46b
+def _is_plain(value: object) -> bool:
+    "Check that JSON and NumPy give back a category as it is."
+    if isinstance(value, float): return math.isfinite(value)
+    if isinstance(value, int): return -(2**63) <= value < 2**63
+    return value is None or (isinstance(value, str) and "\0" not in value)
+
+
 def _check_categories(categories: list, where: str) -> None:
     "Check that categories differ from each other and can be written as JSON."
-    plain = all(isinstance(c, (str, Number, type(None))) and c == c for c in categories)
+    plain = all(map(_is_plain, categories))
     if plain and len(set(categories)) == len(set(map(str, categories))) == len(categories): return
     what = f"The categories {categories} are not plain values, or not all different."
-    raise EcomoptError(what, where, "Give strings, numbers, True, False or None, each once.")
+    raise EcomoptError(what, where, "Give strings, finite numbers, True, False or None, each once.")
 
 
 def _check_prior(given: object, where: str) -> None:
     "Check the prior of a range that is given as a tuple."
-    is_range = isinstance(given, tuple) and len(given) > 2 and isinstance(given[0], Number)
-    if not is_range or not isinstance(given[-1], str): return
-    if given[2:] not in (("uniform",), ("log-uniform",)):
-        hint = "Give 'uniform' or 'log-uniform'; or categories as Categorical([…])."
-        raise EcomoptError(f"There is no prior {given[-1]!r}.", where, hint)
+    is_range = isinstance(given, tuple) and isinstance((*given, None)[0], Number)
+    if not is_range or not any(isinstance(value, str) for value in given[2:]): return
+    if given[2:] in (("uniform",), ("log-uniform",)): return
+    hint = "Give 'uniform' or 'log-uniform'; or categories as Categorical([…])."
+    raise EcomoptError(f"There is no prior {given[-1]!r}.", where, hint)
 
 # %% ../../nbs/tune/40_search.ipynb #84138597
+def _check_bounds(dimension: Dimension, where: str) -> None:
+    "Check that bounds are numbers that a draw between them can be computed from."
+    low, high = dimension.bounds
+    fits = math.isfinite(high - low) and max(-low, high) < math.inf
+    if isinstance(dimension, Integer):
+        fits = fits and int(low) == low and int(high) == high and max(-low, high) <= 2**53
+    if dimension.prior == "log-uniform": fits = fits and low > 0 and math.isfinite(high / low)
+    if fits: return
+    what = f"The bounds {dimension.bounds} do not fit the prior {dimension.prior!r}."
+    hint = "Give finite bounds, above 0 with 'log-uniform'; of an Integer, whole ones up to 2**53."
+    raise EcomoptError(what, where, hint)
+
+
+def _copy(dimension: Dimension, where: str) -> Dimension:
+    "A checked copy: `skopt` changes dimensions, and a search shares its own with no other."
+    if isinstance(dimension, Categorical):
+        categories = list(map(_native, dimension.categories))
+        _check_categories(categories, where)
+        return Categorical(categories, dimension.prior)
+    _check_bounds(dimension, where)
+    kind, plain = (Integer, int) if isinstance(dimension, Integer) else (Real, float)
+    return kind(plain(dimension.low), plain(dimension.high), dimension.prior)
+
+# %% ../../nbs/tune/40_search.ipynb #1fb41df0
 def _dimension(name: str, given: object) -> Dimension:
     "One dimension, checked."
     where = f"hyperparameter {name!r}"
     _check_prior(given, where)
-    try: dimension = check_dimension(given)
-    except (ValueError, TypeError) as error:
+    try:
+        with np.errstate(all="ignore"):
+            is_list = isinstance(given, (list, np.ndarray))
+            return _copy(Categorical(list(given)) if is_list else check_dimension(given), where)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         what = f"The dimension {given!r} is invalid: {str(error).rstrip('.')}."
         hint = "Real(low, high), Integer(low, high) or Categorical([…]), low below high"
         raise EcomoptError(what, where, f"Give {hint}, both above 0 with 'log-uniform'.") from error
-    if isinstance(dimension, Categorical): _check_categories(list(dimension.categories), where)
-    elif not all(map(math.isfinite, dimension.bounds)) or (
-        dimension.prior == "log-uniform" and dimension.low <= 0
-    ):
-        what = f"The bounds {dimension.bounds} do not fit the prior {dimension.prior!r}."
-        raise EcomoptError(what, where, "Give finite bounds, above 0 with 'log-uniform'.")
-    return dimension
 
 
 def _check_space(space: Mapping[str, Dimension]) -> dict[str, Dimension]:
@@ -108,17 +140,40 @@ def _check_names(space: Mapping[str, Dimension], names: Iterable[str]) -> None:
         raise EcomoptError(f"There is no hyperparameter {name!r}.", where, hint)
 
 
+def _inside(dimension: Dimension, value: object) -> list:
+    "The value in plain Python, in a list that is empty if it is outside."
+    value = _native(value)
+    if isinstance(dimension, Categorical):
+        return [c for c in dimension.categories if _is_plain(value) and c == value]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not dimension.low <= value <= dimension.high: return []
+    if isinstance(dimension, Real): return [float(value)]
+    return [int(value)] if value == int(value) else []
+
+# %% ../../nbs/tune/40_search.ipynb #9745be6a
 def _check_params(space: dict[str, Dimension], params: Mapping) -> dict:
     "Check that a point lies in the space; return it in the space's order, in plain Python."
+    if not isinstance(params, Mapping):
+        hint = f"Give a dictionary of {', '.join(space)}."
+        raise EcomoptError(f"{params!r} is no point.", "params", hint)
     _check_names(space, params)
+    point = {}
     for name, dimension in space.items():
+        where = f"hyperparameter {name!r}"
         if name not in params:
-            what = f"The hyperparameter {name!r} is missing."
-            raise EcomoptError(what, f"params {dict(params)}", "Give a value for each name.")
-        if params[name] not in dimension:
+            raise EcomoptError(f"{name} is missing.", where, "Give a value for each name.")
+        values = _inside(dimension, params[name])
+        if not values:
             what = f"{name} = {params[name]!r} is outside."
-            raise EcomoptError(what, f"hyperparameter {name!r}", f"Stay in {dimension}.")
-    return {name: _native(params[name]) for name in space}
+            raise EcomoptError(what, where, f"Stay in {dimension}.")
+        point[name] = values[0]
+    return point
+
+
+def _check_points(space: dict[str, Dimension], points: Iterable[Mapping]) -> list[dict]:
+    "Check that all points lie in the space."
+    if isinstance(points, Iterable): return [_check_params(space, point) for point in points]
+    raise EcomoptError(f"{points!r} is no list.", "points", "Give a list of dictionaries.")
 
 # %% ../../nbs/tune/40_search.ipynb #16cd088b
 @dataclass(frozen=True)
@@ -153,12 +208,12 @@ class Searcher(ABC):
         seed: int = 0,                   # of all random draws
     ):
         self.space = _check_space(space)
-        if not (isinstance(seed, Integral) and 0 <= seed < 2**32):
-            hint = "Give an integer from 0 to 2**32 - 1."
-            raise EcomoptError(f"The seed is {seed!r}.", "argument seed", hint)
-        self.seed = int(seed)
+        self.seed = _whole_number(seed, "seed", 0, 2**32 - 1)
         self.trials: list[Trial] = []   # finished, in the order of their numbers
         self.pending: list[Trial] = []  # asked for and not told yet
+        self._index: dict[tuple, int] = {}
+        self._indexed = self._scanned = None
+        self._next = 0
 
     @abstractmethod
     def suggest(self,
@@ -170,20 +225,19 @@ class Searcher(ABC):
         n: int | None = None,  # how many at once; None for one, not in a list
     ) -> dict | list[dict]:    # params, plain Python
         "Ask for untried params; fewer than `n` if no more are left, `Exhausted` if there are none."
-        if n is not None and not (isinstance(n, Integral) and n > 0):
-            raise EcomoptError(f"n is {n!r}.", "ask", "Give a positive integer, or None.")
+        count = 1 if n is None else _whole_number(n, "n")
         first = self.pending[0].round if self.pending else len(self.trials)
         new = []
-        while len(new) < (n or 1):
+        while len(new) < count:
             number = self._next_number
             params = self.suggest(number)
             if params is None: break
             new.append(_check_params(self.space, params))
-            self.pending.append(Trial(number, new[-1], first))
+            self._insert(self.pending, Trial(number, dict(new[-1]), first))
         if not new:
             what = f"All {self._next_number} points have been tried."
             raise Exhausted(what, type(self).__name__, "Widen the space, or stop here.")
-        return new if n else new[0]
+        return new[0] if n is None else new
 
     def tell(self,
         params: dict,              # what was tried; asked for or not
@@ -193,26 +247,68 @@ class Searcher(ABC):
     ) -> Trial:                    # the finished trial
         "Report the result of a trial."
         params = _check_params(self.space, params)
+        seconds = _number(seconds, "argument seconds")
+        if not 0 <= seconds < math.inf:
+            raise EcomoptError(f"seconds is {seconds}.", "tell", "Give the duration of the trial.")
         if value is not None: value = _number(value)
         if value is None or not math.isfinite(value):
             error = error or f"The value is {value}."
             value = None
-        asked = next((trial for trial in self.pending if trial.params == params), None)
-        if asked: self.pending.remove(asked)
-        trial = asked or Trial(self._next_number, params, self._next_number)
-        trial = replace(trial, value=value, seconds=float(seconds), error=error)
-        self.trials = sorted([*self.trials, trial], key=lambda trial: trial.number)
+        trial = self._take(params) or Trial(self._next_number, params, self._next_number)
+        error = error if error is None else str(error)
+        trial = replace(trial, value=value, seconds=seconds, error=error)
+        self._insert(self.trials, trial)
         return trial
 
     def seen(self,
         params: dict,  # a point
     ) -> bool:         # True if it has been asked for or told
         "Check whether a point is one of the trials, finished or pending."
-        return any(trial.params == params for trial in [*self.trials, *self.pending])
+        return tuple(_check_params(self.space, params).values()) in self._numbers
+
+    @property
+    def _state(self) -> tuple:
+        return id(self.trials), len(self.trials), id(self.pending), len(self.pending)
+
+    @property
+    def _numbers(self) -> dict[tuple, int]:
+        "The number of each point; made anew where a list was changed from outside."
+        if self._indexed != self._state:
+            trials = [*self.trials, *self.pending]
+            self._index = {tuple(trial.params.values()): trial.number for trial in trials}
+            self._indexed = self._state
+        return self._index
+
+    def _insert(self, trials: list[Trial], trial: Trial) -> None:
+        "Insert a trial by its number, and note its point."
+        self._numbers[tuple(trial.params.values())] = trial.number
+        insort(trials, trial, key=attrgetter("number"))
+        self._indexed = self._state
+
+    def _take(self, params: dict) -> Trial | None:
+        "Remove a pending trial and return it."
+        number = self._numbers.get(tuple(params.values()), -1)
+        at = bisect_left(self.pending, number, key=attrgetter("number"))
+        if at == len(self.pending) or self.pending[at].params != params: return None
+        trial = self.pending.pop(at)
+        self._indexed = self._state
+        return trial
+
+    def _first_untried(self, points: Sequence[dict]) -> dict | None:
+        "The first point that has not been tried; each is looked at once."
+        numbers = self._numbers
+        if self._scanned is not numbers: self._scanned, self._next = numbers, 0
+        for at in itertools.count(self._next):
+            try: point = points[at]
+            except IndexError: return None
+            if tuple(point.values()) not in numbers: return point
+            self._next = at + 1
 
     @property
     def _next_number(self) -> int:
-        return 1 + max((trial.number for trial in [*self.trials, *self.pending]), default=-1)
+        return 1 + max(
+            trials[-1].number if trials else -1 for trials in (self.trials, self.pending)
+        )
 
     @property
     def best(self) -> Trial:  # raises if no trial succeeded
@@ -220,28 +316,47 @@ class Searcher(ABC):
         return _best(self.trials)
 
 # %% ../../nbs/tune/40_search.ipynb #f83d400a
-def _values_of(dimension: Dimension, levels: int | None = None) -> list:
+def _values_of(dimension: Dimension, levels: int | None = None) -> Sequence:
     "Values evenly spread on a dimension's scale, ends included; None: all of a finite one."
     if isinstance(dimension, Categorical): return list(dimension.categories)
-    if levels is None: levels = dimension.high - dimension.low + 1
     low, high = dimension.bounds
+    if levels is None: return range(low, high + 1)
     u = np.linspace(0, 1, levels) if levels > 1 else np.array([0.5])
     is_log = dimension.prior == "log-uniform"
-    spread = low * (high / low)**u if is_log else low + (high - low) * u
-    if isinstance(dimension, Real): return [float(np.clip(value, low, high)) for value in spread]
-    return sorted({round(float(value)) for value in spread})
+    spread = np.clip(low * (high / low)**u if is_log else low + (high - low) * u, low, high)
+    if isinstance(dimension, Real): return list(dict.fromkeys(spread.tolist()))
+    return sorted({round(value) for value in spread.tolist()})
 
 
-def _all_points(space: dict[str, Dimension], limit: int = 20_000) -> list[dict] | None:
+def _all_points(space: dict[str, Dimension], limit: float = 20_000) -> Sequence[dict] | None:
     "All points of a space without real numbers; None if there are more than `limit`."
     if any(isinstance(dimension, Real) for dimension in space.values()): return None
-    sizes = [
-        len(d.categories) if isinstance(d, Categorical) else d.high - d.low + 1
-        for d in space.values()
-    ]
-    if math.prod(sizes) > limit: return None
-    combinations = itertools.product(*map(_values_of, space.values()))
-    return [dict(zip(space, values)) for values in combinations]
+    points = _Grid({name: _values_of(dimension) for name, dimension in space.items()})
+    return points if points.size <= limit else None
+
+# %% ../../nbs/tune/40_search.ipynb #1521fce2
+class _Grid(Sequence):
+    "All combinations of values, each made when it is asked for."
+
+    def __init__(self, values: dict[str, Sequence]):
+        self.values = values
+        self.size = math.prod(map(len, values.values()))
+
+    def __len__(self) -> int: return self.size
+
+    def __getitem__(self, number: int | slice) -> dict | list[dict]:
+        number = range(self.size)[number]
+        if isinstance(number, range): return [self[i] for i in number]
+        point = dict.fromkeys(self.values)
+        for name in reversed(point):
+            number, digit = divmod(number, len(self.values[name]))
+            point[name] = self.values[name][digit]
+        return point
+
+    def rotated(self, state: np.random.RandomState) -> Iterator[dict]:
+        "All points in order, from a random one on."
+        start = int(state.random_sample() * self.size)
+        for i in itertools.chain(range(start, self.size), range(start)): yield self[i]
 
 # %% ../../nbs/tune/40_search.ipynb #ca68987a
 class ListSearch(Searcher):
@@ -252,23 +367,23 @@ class ListSearch(Searcher):
         points: Sequence[dict],          # params of each trial
     ):
         super().__init__(space)
-        self.points = [_check_params(self.space, point) for point in points]
+        self.points = _check_points(self.space, points)
 
     def suggest(self, number: int) -> dict | None:
         "The first point that has not been tried."
-        return next((point for point in self.points if not self.seen(point)), None)
+        return self._first_untried(self.points)
 
 
 class RandomSearch(Searcher):
     "Try points drawn at random (Bergstra and Bengio 2012)."
 
     def suggest(self, number: int) -> dict | None:
-        "A random point that has not been tried."
+        "A random point that has not been tried; if all draws have been, the next one in order."
         state = _random_state(self.seed, number)
-        for params in (_draw(self.space, state) for _ in range(100)):
-            if not self.seen(params): return params
-        rest = [point for point in _all_points(self.space) or [] if not self.seen(point)]
-        return rest[state.randint(len(rest))] if rest else None
+        points = _all_points(self.space, math.inf)
+        drawn = (_draw(self.space, state) for _ in range(20))
+        candidates = itertools.chain(drawn, () if points is None else points.rotated(state))
+        return next((p for p in candidates if tuple(p.values()) not in self._numbers), None)
 
 # %% ../../nbs/tune/40_search.ipynb #4caa0029
 class GridSearch(ListSearch):
@@ -278,51 +393,63 @@ class GridSearch(ListSearch):
         space: Mapping[str, Dimension],       # name → dimension
         levels: int | Mapping[str, int] = 3,  # values of each; all categories are always tried
     ):
-        dimensions = _check_space(space)
-        counts = levels if isinstance(levels, Mapping) else dict.fromkeys(dimensions, levels)
-        positive = all(isinstance(n, Integral) and n > 0 for n in counts.values())
-        if counts.keys() != dimensions.keys() or not positive:
-            hint = f"Give a positive integer for each of {', '.join(dimensions)}."
+        super().__init__(space, ())
+        counts = levels if isinstance(levels, Mapping) else dict.fromkeys(self.space, levels)
+        if counts.keys() != self.space.keys():
+            hint = f"Give a positive integer for each of {', '.join(self.space)}."
             raise EcomoptError(f"The levels {levels!r} do not fit.", "argument levels", hint)
-        values = [_values_of(dimension, counts[name]) for name, dimension in dimensions.items()]
-        points = [dict(zip(dimensions, point)) for point in itertools.product(*values)]
-        super().__init__(dimensions, points)
+        counts = {name: _whole_number(n, "levels", 1, 100_000) for name, n in counts.items()}
+        values = {name: _values_of(d, counts[name]) for name, d in self.space.items()}
+        self.points = _Grid(values)
 
 # %% ../../nbs/tune/40_search.ipynb #608e67c8
 class Journal:
     "Trials on disk, a line each; for one process at a time."
 
     _OLD_KEYS = {"settings": "params", "start": "round"}  # in journals of version 0.1.0
+    _MAX_ROUND = 100_000                                  # trials at once
 
     def __init__(self,
         path: str | Path,                # the file; created if it does not exist
         space: Mapping[str, Dimension],  # what is searched
     ):
-        self.path, self.space = Path(path), _check_space(space)
-        self.lock = FileLock(f"{path}.lock")
+        self.path, self.space = self._resolve(path), _check_space(space)
+        self.lock = FileLock(f"{self.path}.lock")
+
+    @staticmethod
+    def _resolve(path: str | Path) -> Path:
+        "The path without `~` and links, absolute, so that an objective may change the directory."
+        try: return Path(os.fspath(path) or "/").expanduser().resolve()
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            hint = "Name a file in a folder of yours."
+            raise EcomoptError(f"{path!r} is no path: {error}.", "journal", hint) from error
+
+    @contextmanager
+    def _explained(self, hint: str) -> Iterator[None]:
+        "Turn an error of the file system into one that says what to do."
+        try: yield
+        except Timeout as error:
+            what = "Another process writes this journal."
+            hint = "Wait for it, or name another file."
+            raise EcomoptError(what, str(self.path), hint) from error
+        except OSError as error:
+            what = f"The journal cannot be written: {error.strerror or error}."
+            raise EcomoptError(what, str(self.path), hint) from error
 
     def __enter__(self) -> "Journal":
-        self._acquire_lock()
-        try: self.trials = self._read_or_create()
-        except BaseException:
-            self.lock.release()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None: self.lock.release()
-
-    def _acquire_lock(self) -> None:
-        where = str(self.path)
-        try:
+        with self._explained("Name a file in a folder of yours."):
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("it is not a regular file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("ab").close()
             self.lock.acquire(timeout=0)
-        except Timeout as error:
-            what = "Another process writes this journal."
-            raise EcomoptError(what, where, "Wait for it, or name another file.") from error
-        except OSError as error:
-            what = f"The journal cannot be written: {error.strerror}."
-            raise EcomoptError(what, where, "Name a file in a folder of yours.") from error
+            try: self.trials = self._read_or_create()
+            except BaseException:
+                self.lock.release()
+                raise
+        return self
+
+    def __exit__(self, *error: object) -> None: self.lock.release()
 
     def _read_or_create(self) -> list[Trial]:
         header = {"space": {name: self._plain(d) for name, d in self.space.items()}}
@@ -334,53 +461,81 @@ class Journal:
 
     @staticmethod
     def _plain(dimension: Dimension) -> list:
-        if isinstance(dimension, Categorical):
-            return ["Categorical", [_native(category) for category in dimension.categories]]
-        return [type(dimension).__name__, *map(_native, dimension.bounds), dimension.prior]
+        if isinstance(dimension, Categorical): return ["Categorical", list(dimension.categories)]
+        return [type(dimension).__name__, *dimension.bounds, dimension.prior]
 
     def _read(self, header: dict, content: bytes) -> list[Trial]:
         "The trials; an incomplete last line is cut off, a file of another kind is left as it is."
         *lines, last = content.split(b"\n")
         complete = self._is_complete(last)
         if complete or not lines: lines.append(last)
-        space, *trials = [self._read_line(number, line) for number, line in enumerate(lines, 1)]
+        space = self._read_line(1, lines[0])
         if space != header["space"]:
             what = f"The journal is of another space: {space}."
             raise EcomoptError(what, str(self.path), "Name another file, or search the same space.")
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        trials = [self._read_line(number, line) for number, line in numbered[1:]]
+        trials.sort(key=attrgetter("number"))
+        for trial, following in itertools.pairwise(trials):
+            if trial.number < following.number: continue
+            what = f"Trial {trial.number} is in the journal twice."
+            raise EcomoptError(what, str(self.path), "Remove one of the two lines.")
         if complete:
             with self.path.open("ab") as file: file.write(b"\n")
         elif last: os.truncate(self.path, len(content) - len(last))
-        return sorted(trials, key=lambda trial: trial.number)
+        return trials
 
     @staticmethod
     def _is_complete(line: bytes) -> bool:
         "Check whether a last line lacks only its line end."
         try: return bool(json.loads(line))
-        except ValueError: return False
+        except (ValueError, RecursionError): return False
 
     def _read_line(self, number: int, text: bytes) -> object:
         "The space, in the first line, or a trial."
         try:
             data = json.loads(text)
-            if number == 1: return data["space"]
-            return Trial(**{self._OLD_KEYS.get(key, key): value for key, value in data.items()})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return data["space"] if number == 1 else self._trial(data)
+        except (
+            EcomoptError, ValueError, TypeError, KeyError, AttributeError, RecursionError
+        ) as error:
             hint = "Remove the line; the other trials are complete."
             if number == 1: hint = "This is no journal: name another file."
-            what = f"Line {number} is damaged: {error}."
+            why = str(getattr(error, "what", error)).rstrip(".")
+            what = f"Line {number} is damaged: {why}."
             raise EcomoptError(what, str(self.path), hint) from error
 
+    def _trial(self, data: dict) -> Trial:
+        "A trial, all of its fields checked."
+        trial = Trial(**{self._OLD_KEYS.get(key, key): value for key, value in data.items()})
+        number = _whole_number(trial.number, "number", 0)
+        _whole_number(trial.round, "round", max(0, number - self._MAX_ROUND), number)
+        params = _check_params(self.space, trial.params)
+        value = None if trial.value is None else _number(trial.value, "value")
+        seconds = _number(trial.seconds, "seconds")
+        is_finite = math.isfinite(seconds) and math.isfinite(value or 0)
+        if not is_finite or not isinstance(trial.error, str | None):
+            raise ValueError("a number is not finite, or the error no text")
+        return replace(trial, params=params, value=value, seconds=seconds)
+
     def _append(self, data: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(data) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        "Add a line, all of it or nothing, to a file that is there."
+        line = (json.dumps(data, allow_nan=False) + "\n").encode()
+        with self.path.open("r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line): raise OSError("No space is left")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
 
     def write(self,
         trial: Trial,  # a finished one
     ) -> None:
         "Add a trial; it is on the disk when this returns."
-        self._append(asdict(trial))
+        hint = "Make room, then search again with the same searcher and journal: no trial is lost."
+        with self._explained(hint): self._append(asdict(trial))
 
 # %% ../../nbs/tune/40_search.ipynb #d8f05d62
 @dataclass
@@ -392,21 +547,32 @@ class _Run:
     n_jobs: int
     journal: Journal | None
     bar: tqdm
+    lowest: float = math.inf
+
+    def catch_up(self) -> None:
+        "Write what this searcher has evaluated and its journal lacks: the disk was full."
+        known = {trial.number: trial for trial in self.searcher.trials}
+        written = {trial.number: trial for trial in self.journal.trials}
+        if not written or not written.items() <= known.items(): return
+        for number in sorted(known.keys() - written.keys()): self.journal.write(known[number])
+        self.journal.trials = list(self.searcher.trials)
 
     def resume(self) -> None:
         "Take over the trials of the journal; unfinished ones of its last round become pending."
+        self.catch_up()
         searcher, trials = self.searcher, self.journal.trials
         first = max((trial.round for trial in trials), default=0)
         last = {trial.number: trial for trial in trials if trial.number >= first}
         searcher.trials = [trial for trial in trials if trial.number < first]
         searcher.pending = []
-        try: searcher.ask(max(self.room(first), max(last) + 1 - first) if last else 1)
+        if not last: return
+        try: searcher.ask(max(self.room(first), max(last) + 1 - first))
         except Exhausted: pass
         asked = {trial.number: trial for trial in searcher.pending}
         same = all(n in asked and asked[n].params == trial.params for n, trial in last.items())
-        searcher.trials += [last[number] for number in sorted(last)]
+        searcher.trials = trials
         searcher.pending = []
-        if same and last:  # not if another search has asked
+        if same:  # not if another search has asked
             searcher.pending = [trial for number, trial in asked.items() if number not in last]
 
     def room(self, done: int) -> int:
@@ -415,26 +581,31 @@ class _Run:
 
     def rounds(self, end: float) -> None:
         "Run rounds until the budget is spent or all points have been tried."
+        self.lowest = min(
+            (t.value for t in self.searcher.trials if t.value is not None), default=math.inf
+        )
         with self.workers() as workers:
             while (room := self.room(len(self.searcher.trials))) > 0 and monotonic() < end:
                 try:
                     if not self.searcher.pending: self.searcher.ask(room)
                 except Exhausted: return
-                self.round(workers)
+                self.round(workers, room)
 
     def workers(self) -> Parallel:
         "The workers of all rounds; each trial comes back as it ends, if the backend supports that."
         try: return Parallel(self.n_jobs, return_as="generator_unordered")
         except ValueError: return Parallel(self.n_jobs)  # Ray gives back a whole round
 
-    def round(self, workers: Parallel) -> None:
-        "Run all pending trials; an error that stops the search is raised after all are recorded."
+    def round(self, workers: Parallel, room: int) -> None:
+        "Run pending trials; an error that stops the search is raised after all are recorded."
         faults = []
         job = delayed(self.evaluate)
-        jobs = [job(self.objective, trial) for trial in self.searcher.pending]
+        jobs = [job(self.objective, trial) for trial in self.searcher.pending[:room]]
         for trial, fault in workers(jobs):
-            if fault: faults.append(fault)
-            else: self.record(trial)
+            try:
+                if fault: raise fault
+                self.record(trial)
+            except EcomoptError as error: faults.append(error)
         if faults: raise faults[0]
 
     @staticmethod
@@ -449,13 +620,37 @@ class _Run:
         return replace(trial, seconds=perf_counter() - begin, **outcome), fault
 
     def record(self, trial: Trial) -> None:
-        "Tell the searcher a finished trial, write it to the journal, and show the best so far."
+        "Tell the searcher a finished trial, show the best so far, and write it to the journal."
         trial = self.searcher.tell(trial.params, trial.value, trial.seconds, trial.error)
-        if self.journal: self.journal.write(trial)
-        values = [trial.value for trial in self.searcher.trials if trial.value is not None]
-        text = f"best {min(values):.4g}" if values else "none succeeded"
+        if trial.value is not None: self.lowest = min(self.lowest, trial.value)
+        text = f"best {self.lowest:.4g}" if self.lowest < math.inf else "none succeeded"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        if self.journal: self.journal.write(trial)
+
+# %% ../../nbs/tune/40_search.ipynb #5ab96438
+def _check_search(objective: Callable, searcher: Searcher, timeout: float | None) -> None:
+    "Check what a search needs before it begins."
+    if not callable(objective):
+        hint = "Give a function of params that returns a number."
+        raise EcomoptError(f"{objective!r} cannot be called.", "argument objective", hint)
+    if not isinstance(searcher, Searcher):
+        hint = "Give an instance: RandomSearch(space)."
+        raise EcomoptError(f"{searcher!r} is no searcher.", "argument searcher", hint)
+    if timeout is None: return
+    if not isinstance(timeout, Number) or _is_bool(timeout) or not timeout >= 0:
+        hint = "Give a number of seconds, or None."
+        raise EcomoptError(f"timeout is {timeout!r}.", "argument timeout", hint)
+
+
+def _effective_jobs(n_jobs: int | None, n_trials: int | None) -> int:
+    "How many jobs `joblib` runs at once, and no more than there are trials."
+    is_number = isinstance(n_jobs, Integral) and not _is_bool(n_jobs)
+    if n_jobs is None or (is_number and n_jobs != 0):
+        n_jobs = effective_n_jobs(n_jobs if n_jobs is None else int(n_jobs))
+        return min(n_jobs, n_trials or math.inf)
+    hint = "Give a positive integer, or -1 for one for each core."
+    raise EcomoptError(f"n_jobs is {n_jobs!r}.", "argument n_jobs", hint)
 
 # %% ../../nbs/tune/40_search.ipynb #217d6431
 def search(
@@ -470,17 +665,19 @@ def search(
     "Run trials until the budget is spent."
     if n_trials is None and timeout is None:
         raise EcomoptError("There is no budget.", "search", "Give n_trials, timeout or both.")
-    n_jobs = effective_n_jobs(n_jobs)
-    end = monotonic() + (math.inf if timeout is None else timeout)
+    _check_search(objective, searcher, timeout)
+    if n_trials is not None: n_trials = _whole_number(n_trials, "n_trials", 0)
+    n_jobs = _effective_jobs(n_jobs, n_trials)
+    end = monotonic() + float(math.inf if timeout is None else timeout)
     with (
-        Journal(journal, searcher.space) if journal else nullcontext() as opened,
+        nullcontext() if journal is None else Journal(journal, searcher.space) as opened,
         tqdm(desc="trials", total=n_trials, disable=not show_progress_bar) as bar,
     ):
         run = _Run(objective, searcher, n_trials, n_jobs, opened, bar)
         if opened: run.resume()
         bar.initial = bar.n = len(searcher.trials)
         run.rounds(end)
-    return searcher.trials
+    return list(searcher.trials)
 
 # %% ../../nbs/tune/40_search.ipynb #ce708a93
 def _trials_left(n_trials: int, first: float, budget: float) -> int:
@@ -490,8 +687,11 @@ def _trials_left(n_trials: int, first: float, budget: float) -> int:
 
 def _check_budgets(budgets: Sequence[float], n_trials: int) -> None:
     "Check that budgets rise, and that a trial is left for the last."
-    rising = len(budgets) > 1 and all(a < b for a, b in zip(budgets, budgets[1:]))
-    if rising and budgets[0] > 0 and _trials_left(n_trials, budgets[0], budgets[-1]) > 0: return
+    try:
+        rising = len(budgets) > 1 and all(a < b for a, b in zip(budgets, budgets[1:]))
+        enough = rising and budgets[0] > 0 and _trials_left(n_trials, budgets[0], budgets[-1]) > 0
+    except (ArithmeticError, KeyError, TypeError, ValueError): enough = False
+    if enough: return
     what = f"The budgets {budgets!r} do not fit {n_trials} trials."
     hint = "Give two or more rising numbers such as (1, 3, 9), and enough trials that one is left."
     raise EcomoptError(what, "argument budgets", hint)
@@ -513,14 +713,16 @@ def successive_halving(
     show_progress_bar: bool = True,        # one for each budget
 ) -> dict[float, list[Trial]]:             # budget → its trials
     "Stop poor trials early by successive halving (Jamieson and Talwalkar 2016)."
+    _check_search(objective, searcher, None)
+    n_trials = _whole_number(n_trials, "n_trials")
     _check_budgets(budgets, n_trials)
     rungs, last = {}, []
     options = dict(n_jobs=n_jobs, show_progress_bar=show_progress_bar)
     for budget in budgets:
         n = _trials_left(n_trials, budgets[0], budget)
         if rungs: searcher = ListSearch(searcher.space, _fittest(last, n))
-        path = Path(journal) if journal else None
-        if path: path = path.with_suffix(f".{budget}{path.suffix}")
+        path = None if journal is None else Journal._resolve(journal)
+        if path and path.name: path = path.with_suffix(f".{budget}{path.suffix}")
         at_budget = partial(objective, budget=budget)
         last = search(at_budget, searcher, n, journal=path, **options)
         rungs[budget] = last

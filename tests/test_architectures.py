@@ -1,0 +1,23 @@
+"""Every step on every architecture: it works or says why not, as the table of the site says."""
+import json
+
+import pytest
+
+from tools import architectures
+
+TABLE = json.loads(architectures.TABLE.read_text("utf8"))
+
+
+def test_the_table_has_every_architecture_and_step():
+    assert list(TABLE) == list(architectures.ARCHITECTURES)
+    assert all(list(row) in ([*architectures.STEPS], ["load_model", *architectures.STEPS]) for row in TABLE.values())
+
+
+def test_nothing_is_wrong():
+    assert not [(name, step) for name, row in TABLE.items() for step, found in row.items() if found.startswith("wrong")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_the_table_is_what_happens(name):
+    assert architectures.row(name) == TABLE[name]
