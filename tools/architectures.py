@@ -78,7 +78,7 @@ def checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
     model_type, sizes = ARCHITECTURES[name]
     words = tiny.tokenizer()
     names = dict(id2label=dict(enumerate(LABELS)), label2id={label: i for i, label in enumerate(LABELS)})
-    config = AutoConfig.for_model(model_type, **sizes | TOKENS | names | dict(vocab_size=len(words)))
+    config = AutoConfig.for_model(model_type, **sizes | TOKENS | names | dict(vocab_size=len(words) + 8))
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config)
     for weight in model.parameters():  # as drawn, all texts would get nearly the same logits

@@ -51,9 +51,9 @@ def digest(texts: list[str]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def cells_key(nb: nbformat.NotebookNode) -> str:
-    "Identify the code of a notebook."
-    return digest([cell.source for cell in nb.cells if cell.cell_type == "code"])
+def cell_keys(nb: nbformat.NotebookNode) -> list[str]:
+    "Identify each code cell of a notebook."
+    return [digest([cell.source]) for cell in nb.cells if cell.cell_type == "code"]
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def modules_key(nb: nbformat.NotebookNode) -> str:
 def is_stale(nb: nbformat.NotebookNode) -> bool:
     "Did the code, or a module that it imports, change since the notebook was executed?"
     ran = nb.metadata.get("ecomopt", {})
-    return (ran.get("cells"), ran.get("modules")) != (cells_key(nb), modules_key(nb))
+    return (ran.get("cells"), ran.get("modules")) != (cell_keys(nb), modules_key(nb))
 
 
 # ---------------------------------------------------------------- execute
@@ -139,7 +139,7 @@ def store(path: Path, executed: nbformat.NotebookNode, seconds: float) -> None:
         raise ValueError("its code was edited while it was executed")
     for cell, copy in zip(code, ran): cell.outputs = kept(copy.outputs)
     nb.metadata["ecomopt"] = dict(
-        cells=cells_key(nb),
+        cells=cell_keys(nb),
         modules=modules_key(nb),
         date=datetime.now(UTC).date().isoformat(),
         cpu=machine(),

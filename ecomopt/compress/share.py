@@ -131,15 +131,16 @@ class _Shared(PackedModule):
 
     def indices(self) -> torch.Tensor:  # uint8 [rows, columns]
         "Return the index of each weight, unpacked at the first use."
-        if self._indices is None:
+        indices = self._indices  # another thread may release it
+        if indices is None:
             count = prod(self.shape)
             bits = (self.entries - 1).bit_length()
             is_coded = self.size < -(-count * bits // 8)  # only a shorter Huffman code is stored
             decode = _huffman_decode if is_coded else unpack_indices
             with torch.inference_mode(False):  # training may need them later
                 flat = decode(self.packed.cpu(), bits, count)
-                self._indices = flat.view(self.shape).to(self.packed.device)
-        return self._indices
+                indices = self._indices = flat.view(self.shape).to(self.packed.device)
+        return indices
 
     def dequantize(self) -> torch.Tensor:  # [rows, columns]
         "Equation (1): the weights as a function of the codebooks."
@@ -184,9 +185,11 @@ class SharedLinear(_Shared, nn.Linear):
     def weight(self) -> torch.Tensor:  # [m, n]
         "Dequantize: at each use while the codebooks are trained, otherwise once."
         if torch.is_grad_enabled() and self.codebook.requires_grad: return self.dequantize()
-        if self._cache is None or not torch.equal(self._cache[0], self.codebook):
-            self._cache = self.codebook.detach().clone(), self._dequantize_detached()
-        return self._cache[1]
+        cache = self._cache  # another thread may release it
+        if cache is None or not torch.equal(cache[0], self.codebook):
+            cache = self.codebook.detach().clone(), self._dequantize_detached()
+            self._cache = cache
+        return cache[1]
 
     def spec(self) -> dict:
         "Return the arguments of the constructor."

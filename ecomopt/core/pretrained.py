@@ -102,6 +102,8 @@ def _check_max_length(model: PreTrainedModel, max_length: int) -> None:
 # %% ../../nbs/core/02_pretrained.ipynb #38a38400
 def _tokenizer_fault(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     "Why a tokenizer does not fit to a model; None if it does."
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return f"The tokenizer is of type {type(tokenizer).__name__}."
     vocabulary = tokenizer.get_vocab()
     if not vocabulary.keys() - set(tokenizer.all_special_tokens):
         return "The tokenizer knows no words: its vocabulary holds special tokens alone."

@@ -49,6 +49,8 @@ from ecomopt.core.pretrained import (
 
 # %% ../../nbs/core/12_train.ipynb #7bb4900a
 _tokenizing = _fork_safe_lock()  # a fast tokenizer keeps the truncation of its last call
+if hasattr(os, "register_at_fork"):  # a forked process has none of OpenMP's other threads
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _token_ids(
@@ -77,7 +79,7 @@ class Classifier:
     max_length: int = 128               # longer texts are truncated (tokens)
 
     def __post_init__(self):
-        self.max_length = _whole_number(self.max_length, "max_length")
+        self.max_length = _whole_number(self.max_length, "max_length", 1, 2**31 - 1)
         _check_max_length(self.model, self.max_length)
         _check_tokenizer(self.model, self.tokenizer)
 
