@@ -824,7 +824,7 @@ def test_trainings_in_threads_are_those_one_after_the_other(model):
 
 junk = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 9), st.floats(), st.text(max_size=3), st.just([]), st.just({}),
-    st.sampled_from([np.int64(2), np.float32(0.5), np.array([1]), object(), RandomSearch, "uniform", b"x", 1j, 10**30]),
+    st.sampled_from([np.int64(2), np.float32(0.5), np.array([1]), object(), RandomSearch, "uniform", b"x", 1j]),
 )
 plain = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(-9, 9), st.text(max_size=3))
 numbers = st.one_of(st.integers(-9, 9), st.floats(-9, 9), st.floats(), st.integers())
