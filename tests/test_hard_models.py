@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from ecomopt import DistillationTrainer, EcomoptError, distill, finetune, load_model, measure, quantize, save
-from ecomopt.core import train
+from ecomopt.core import train, training
 from ecomopt.core.train import fingerprint, main, training_arguments
 
 LABELS = ("negative", "positive")
@@ -164,10 +164,10 @@ def skewed(rows=120, rare=8):
 
 def test_class_weights(checkpoint):
     task = skewed()
-    weights = train._class_weights(task, "balanced")
+    weights = training._class_weights(task.train["label"][:], 2, "balanced")
     assert weights[1] > 5 * weights[0]
     counts = [task.train["label"].count(c) for c in (0, 1)]
-    assert np.isclose(np.average(train._class_weights(task, [1, 9]), weights=counts), 1)
+    assert np.isclose(np.average(training._class_weights(task.train["label"][:], 2, [1, 9]), weights=counts), 1)
     plain = finetune(checkpoint, task, epochs=1)
     assert fingerprint(finetune(checkpoint, task, epochs=1, class_weights="balanced")) != fingerprint(plain)
 
@@ -285,7 +285,7 @@ def test_an_unknown_argument_suggests_another():
 
 @pytest.mark.parametrize("name", ["minlm", "minilmm", "Minilm"])
 def test_a_misspelt_asset_asks_no_network(name, monkeypatch):
-    monkeypatch.setattr(train, "_load_pretrained", None)  # asking it would fail
+    monkeypatch.setattr(train.pretrained, "_load_pretrained", None)  # asking it would fail
     with pytest.raises(EcomoptError, match="minilm") as caught: load_model(name, LABELS)
     assert "reviews" not in str(caught.value)
 
@@ -328,13 +328,13 @@ def test_wrong_options_of_the_command_line(checkpoint, tmp_path, option, value):
 
 @pytest.mark.parametrize("text, value", [("False", False), ("false", False), ("no", False), ("yes", True)])
 def test_a_false_option_is_false(text, value):
-    options = train._parse_options(["--bf16", text, "--epochs", "2"], train._option_types("finetune"))
+    options = training._parse_options(["--bf16", text, "--epochs", "2"], training._option_types("finetune"))
     assert options == {"bf16": value, "epochs": 2}
 
 
 def test_options_of_a_distillation():
     words = ["--student", "[0, 2]", "--hidden", "0.5", "--reverse", "yes", "--augment", "3"]
-    options = train._parse_options(words, train._option_types("distill"))
+    options = training._parse_options(words, training._option_types("distill"))
     assert options == {"student": [0, 2], "hidden": 0.5, "reverse": True, "augment": 3}
 
 

@@ -76,7 +76,8 @@ def test_metadata_is_that_of_settings(built):
     assert {key: metadata[key] for key in same} == {key: INI[name] for key, name in same.items()}
     assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
     assert SpecifierSet(metadata["Requires-Python"]) == SpecifierSet(f">={INI['min_python']}")
-    assert metadata.get_payload(decode=True).decode("utf8").strip() == (ROOT / "README.md").read_text(encoding="utf8").strip()
+    text = metadata.get_payload(decode=True).decode("utf8")
+    assert text.strip() == (ROOT / "README.md").read_text(encoding="utf8").strip()
     extras = {key.removesuffix("_requirements"): INI[key] for key in INI if key.endswith("_requirements")}
     assert set(metadata.get_all("Provides-Extra")) == set(extras)
     wanted = [Requirement(text) for text in INI["requirements"].split()]

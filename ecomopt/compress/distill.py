@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from .. import EcomoptError
-from ..core.checks import _first_line
 from ..core.pretrained import _class_names
 from ..core.train import Classifier
 
@@ -305,7 +304,6 @@ def keep_layers(
 
 # %% ../../nbs/compress/20_distill.ipynb #6b948033
 import random
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -313,7 +311,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from ..core.artifact import load, save
+from ..core.artifact import _check_reloads, load, save
 from ..core.assets import cached
 from ..core.data import Task
 from ecomopt.core.train import (
@@ -409,22 +407,6 @@ def _matchable_teacher(teacher: Classifier, student: Classifier) -> PreTrainedMo
     model = copy.deepcopy(teacher.model)
     model.set_attn_implementation("eager")  # the others do not return the attention
     return model
-
-# %% ../../nbs/compress/20_distill.ipynb #92f10eb3
-def _check_reloads(student: Classifier, texts: list[str]) -> None:
-    "Raise unless the student, saved and loaded, answers the same: better before hours of training."
-    try:
-        expected = student.logits(texts)
-        with tempfile.TemporaryDirectory() as folder:
-            found = load(save(student, Path(folder) / "student")).logits(texts)
-    except EcomoptError: raise
-    except Exception as error:
-        what = f"{type(student.model).__name__} cannot be saved and loaded with these layers: "
-        do = "Keep other layers, or distill into another model."
-        raise EcomoptError(what + _first_line(error), "distill", do) from error
-    if not torch.allclose(found, expected, atol=1e-4):
-        what = f"{type(student.model).__name__}, saved and loaded, gives other logits."
-        raise EcomoptError(what, "distill", "Keep other layers, or distill into another model.")
 
 # %% ../../nbs/compress/20_distill.ipynb #3cf18777
 def _train(

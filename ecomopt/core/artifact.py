@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 import shutil
+import tempfile
 import time
 from operator import attrgetter
 from pathlib import Path
@@ -44,6 +45,7 @@ from ecomopt.core.assets import (
     _sha256,
     _user_path,
 )
+from .checks import _first_line
 from .train import Classifier
 
 # %% ../../nbs/core/13_artifact.ipynb #24232769
@@ -587,3 +589,19 @@ def disk_bytes(
     "The size on disk."
     files = _user_path(folder).rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
+
+# %% ../../nbs/core/13_artifact.ipynb #a6f64f65
+def _check_reloads(model: Classifier, texts: list[str]) -> None:
+    "Raise unless a model, saved and loaded, answers the same: better before hours of training."
+    name = type(model.model).__name__
+    do = "Keep other layers, or take another model."
+    try:
+        expected = model.logits(texts)
+        with tempfile.TemporaryDirectory() as folder:
+            found = load(save(model, Path(folder) / "model")).logits(texts)
+    except EcomoptError: raise
+    except Exception as error:
+        what = f"{name} cannot be saved and loaded with these layers: {_first_line(error)}"
+        raise EcomoptError(what, "ecomopt.save", do) from error
+    if not torch.allclose(found, expected, atol=1e-4):
+        raise EcomoptError(f"{name}, saved and loaded, gives other logits.", "ecomopt.save", do)

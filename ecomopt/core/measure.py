@@ -14,7 +14,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,9 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import EcomoptError, __version__
 from .artifact import disk_bytes, save
-from .checks import _whole_number
 from .data import Task
-from .train import Classifier, _check_classifier
+from .train import Classifier, _check_classifier, _warn_missing, _whole_number
 
 # %% ../../nbs/core/14_measure.ipynb #bcd969bd
 def quality(
@@ -364,16 +362,6 @@ def _pairs(
         pairs[name] = PairedComparison(**quality_pair, **_speedups(rounds, first, name))
     return pairs
 
-# %% ../../nbs/core/14_measure.ipynb #ffbc7e70
-def _score(name: str, predicted: np.ndarray, actual: np.ndarray, task: Task) -> dict:
-    "The score by the task's metric; a class that is never predicted gets a warning."
-    missing = sorted(task.labels[i] for i in set(actual.tolist()) - set(predicted.tolist()))
-    if missing:
-        what = f"{name} predicts {', '.join(map(repr, missing))} for none of {len(actual)} texts."
-        warnings.warn(what, stacklevel=3)
-    metric = getattr(task.metric, "__name__", str(task.metric))
-    return dict(metric=metric, score=float(task.score(actual.tolist(), predicted.tolist())))
-
 # %% ../../nbs/core/14_measure.ipynb #ce6a901d
 def time_interleaved(
     classifiers: dict[str, Classifier],           # by name
@@ -409,14 +397,14 @@ def _size(
 def _conditions(classifier: Classifier, task: Task, options: dict) -> dict:
     "Where and how a measurement was taken."
     versions = {"ecomopt": __version__, "torch": torch.__version__}
-    return {
+    return {"conditions": {
         "data": task.fingerprint,
         "device": str(classifier.model.device),
         "macs_tokens": MACS_TOKENS,
         **options,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions | {"transformers": transformers.__version__},
-    }
+    }}
 
 # %% ../../nbs/core/14_measure.ipynb #70e69d5a
 def compare(
@@ -439,14 +427,21 @@ def compare(
             predicted[name] = _predict(name, c, texts, task.labels, batch_size)
         rounds, ms = time_interleaved(classifiers, texts, repeats, calls, batch_size, seed)
     for name, c in classifiers.items():
-        fields = quality(predicted[name], actual, task.labels) | _speed(rounds, ms, name)
-        fields |= _score(name, predicted[name], actual, task)
-        fields |= _size(c, texts, threads, batch_size, memory)
-        fields["conditions"] = _conditions(c, task, options)
+        fields = quality(predicted[name], actual, task.labels)
+        fields |= _speed(rounds, ms, name) | _score(name, predicted[name], actual, task)
+        fields |= _size(c, texts, threads, batch_size, memory) | _conditions(c, task, options)
         measured[name] = Measurement(task.name, split, len(texts), **fields)
     return Comparison(measured, _pairs(predicted, actual, rounds, seed), rounds)
 
 # %% ../../nbs/core/14_measure.ipynb #4fa97a2e
+def _score(name: str, predicted: np.ndarray, actual: np.ndarray, task: Task) -> dict:
+    "The score by the task's metric; a class that is never predicted gets a warning."
+    names = np.array(task.labels)
+    _warn_missing(name, names[actual].tolist(), names[predicted].tolist())
+    metric = getattr(task.metric, "__name__", str(task.metric))
+    return dict(metric=metric, score=float(task.score(actual.tolist(), predicted.tolist())))
+
+
 def measure(
     classifier: Classifier,  # what to measure
     task: Task,  # whose labels it predicts

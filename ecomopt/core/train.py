@@ -20,55 +20,16 @@ from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from .. import EcomoptError
+from . import pretrained
 from .assets import ASSETS, cache_dir, cached, fetch
-from ecomopt.core.checks import (
-    _first_line,
-    _fork_safe_lock,
-    _positive_number,
-    _text_rows,
-    _typed,
-    _whole_number,
-)
+from .checks import _first_line, _positive_number, _text_rows, _whole_number
 from .data import Task
-from ecomopt.core.pretrained import (
-    _check_max_length,
-    _check_tokenizer,
-    _give_pad_token,
-    _load_pretrained,
-)
-
-# %% ../../nbs/core/12_train.ipynb #7bb4900a
-_tokenizing = _fork_safe_lock()  # a fast tokenizer keeps the truncation of its last call
-if hasattr(os, "register_at_fork"):  # a forked process has none of OpenMP's other threads
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-
-def _token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
-) -> list[list[int]]:
-    "Turn texts into token ids, each list at most `max_length` long."
-    rows = _text_rows(texts)
-    if not rows: return []
-    with _tokenizing: return tokenizer(rows, truncation=True, max_length=max_length)["input_ids"]
-
-
-def _check_finite(logits: torch.Tensor) -> torch.Tensor:
-    "The logits, if none is NaN or infinite: the largest of NaNs is the first class."
-    wrong = (~torch.isfinite(logits)).flatten(1).any(1).nonzero().flatten().tolist()
-    if not wrong: return logits
-    what = f"The logits of row {wrong[0]} are not finite."
-    do = "Look for NaN or very large weights or scales; make the model again."
-    raise EcomoptError(what, "the model", do)
 
 # %% ../../nbs/core/12_train.ipynb #7dcde563
 @dataclass
@@ -80,8 +41,8 @@ class Classifier:
 
     def __post_init__(self):
         self.max_length = _whole_number(self.max_length, "max_length", 1, 2**31 - 1)
-        _check_max_length(self.model, self.max_length)
-        _check_tokenizer(self.model, self.tokenizer)
+        pretrained._check_max_length(self.model, self.max_length)
+        pretrained._check_tokenizer(self.model, self.tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -93,7 +54,7 @@ class Classifier:
         texts: Sequence[str],  # any number of texts
     ) -> list[list[int]]:      # a list of token ids for each text
         "Turn texts into token ids, each list at most `max_length` long."
-        return _token_ids(self.tokenizer, texts, self.max_length)
+        return pretrained._token_ids(self.tokenizer, texts, self.max_length)
 
     @torch.inference_mode()
     def logits(
@@ -103,14 +64,15 @@ class Classifier:
     ) -> torch.Tensor:         # [len(texts), C], float32, in the order of `texts`
         "Compute logits, in batches of texts of similar length."
         self.model.eval()
-        ids, batch_size = self.encode(texts), _whole_number(batch_size, "batch_size")
+        ids = self.encode(texts)
+        batch_size = _whole_number(batch_size, "batch_size")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         result = torch.empty(len(ids), self.model.config.num_labels)
         for start in range(0, len(ids), batch_size):
             rows = order[start:start + batch_size]
             padded = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
             result[rows] = self.model(**padded.to(self.model.device)).logits.float().cpu()
-        return _check_finite(result)
+        return pretrained._check_finite(result)
 
     def predict(
         self,
@@ -149,7 +111,7 @@ def _model_path(name: str | Path) -> str | Path:
     do = f"Name an asset ({', '.join(models)}), a directory with safetensors, or a hub id."
     raise EcomoptError(what, "argument model", do)
 
-
+# %% ../../nbs/core/12_train.ipynb #98f02489
 def _check_answers(classifier: Classifier) -> None:
     "Raise unless the model answers two texts, the longer one as long as it may be."
     try: found = classifier.logits(["a", "a " * classifier.max_length]).shape
@@ -170,7 +132,7 @@ def load_model(
     "Load an encoder with a classification head; every weight but those of a new head is loaded."
     path, labels = _model_path(name), _text_rows(labels, "labels")
     try:
-        model = _load_pretrained(AutoModelForSequenceClassification, path, labels)
+        model = pretrained._load_pretrained(AutoModelForSequenceClassification, path, labels)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise EcomoptError(
@@ -178,7 +140,7 @@ def load_model(
             f"model {str(name)!r}",
             f"Name one of {', '.join(_known_models())}, a directory with safetensors, or a hub id.",
         ) from error
-    _give_pad_token(model, tokenizer)
+    pretrained._give_pad_token(model, tokenizer)
     classifier = Classifier(model, tokenizer, max_length)
     _check_answers(classifier)
     return classifier
@@ -275,17 +237,6 @@ def training_arguments(
         raise EcomoptError(what, "TrainingArguments", "Correct this argument.") from error
 
 # %% ../../nbs/core/12_train.ipynb #6c109717
-def _check_known_words(classifier: Classifier, ids: Sequence[Sequence[int]]) -> None:
-    "Raise if the tokenizer does not know most words of the texts."
-    special = set(classifier.tokenizer.all_special_ids)
-    unknown = sum(row.count(classifier.tokenizer.unk_token_id) for row in ids)
-    words = sum(token not in special for row in ids for token in row) + unknown
-    if unknown > words / 2:
-        what = f"The tokenizer does not know {unknown / words:.0%} of the tokens of these texts."
-        do = "Use the model's own tokenizer, and a model that knows the language."
-        raise EcomoptError(what, "the tokenizer", do)
-
-
 def tokenized(
     classifier: Classifier,  # whose tokenizer to use
     data: Dataset,           # with the columns text and label
@@ -293,105 +244,38 @@ def tokenized(
     "Turn texts into what a `Trainer` reads."
     if not len(data): raise EcomoptError("There are no texts.", "the train split", "Pass some.")
     ids = classifier.encode(data["text"])
-    _check_known_words(classifier, ids)
+    pretrained._check_known_words(classifier.tokenizer, ids)
     return Dataset.from_dict({"input_ids": ids, "labels": data["label"]})
-
-# %% ../../nbs/core/12_train.ipynb #8260b3b5
-def _training_config(args: TrainingArguments, callbacks: Sequence = ()) -> dict:
-    "The arguments that differ from their defaults, except the output directory, and the callbacks."
-    plain = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    plain["use_cpu"] = False  # it was given above because making arguments sets the device for all
-    changed = {name: value for name, value in args.to_dict().items() if value != plain[name]}
-    specs = [[type(c).__qualname__, c.spec() if hasattr(c, "spec") else {}] for c in callbacks]
-    return {**changed, "callbacks": specs}
-
-# %% ../../nbs/core/12_train.ipynb #5843cd78
-import logging
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable
-from functools import partial
-
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_model as load_safetensors
-from safetensors.torch import save_model as save_safetensors
-from torch.nn import functional as F
-from transformers import TrainerCallback
-
-# %% ../../nbs/core/12_train.ipynb #2af4de28
-class _Resumable(TrainerCallback):
-    "The same order of the data in every process and after a restart; marks complete checkpoints."
-
-    def on_epoch_begin(self, args, state, control, **others):
-        torch.manual_seed(args.seed + int(state.epoch + 1e-6))
-
-    def on_save(self, args, state, control, **others):
-        if args.world_size > 1: dist.barrier()
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero: (checkpoint / "complete").touch()
-
-# %% ../../nbs/core/12_train.ipynb #c54eeed3
-_training = _fork_safe_lock()  # the random state belongs to the whole process
-
-
-def _class_weights(task: Task, given: str | Sequence[float] | None) -> list[float] | None:
-    "The weight of each class, with mean 1 over the train split."
-    if given is None: return None
-    n, C = len(task.train), len(task.labels)
-    counts = [task.train["label"].count(c) for c in range(C)]
-    if given == "balanced": return [n / (C * count) for count in counts]
-    if isinstance(given, str) or len(given) != C:
-        what, where = f"class_weights is {given!r}.", "argument class_weights"
-        raise EcomoptError(what, where, f"Give 'balanced', or {C} numbers: one for each class.")
-    weights = [_positive_number(weight, "class_weights") for weight in given]
-    mean = sum(weight * count for weight, count in zip(weights, counts)) / n
-    return [weight / mean for weight in weights]
 
 
 def _warn_unpredicted(classifier: Classifier, task: Task, most: int = 256) -> None:
     "Warn of classes that the model gives to none of the first texts of the valid split."
     rows = task.valid.select(range(min(len(task.valid), most)))
-    predicted = set(classifier.predict(rows["text"]))
-    missing = {task.labels[i] for i in rows["label"]} - predicted
-    if missing:
-        names = ", ".join(sorted(map(repr, missing)))
-        warnings.warn(f"The model predicts {names} for none of {len(rows)} texts.", stacklevel=3)
+    actual = [task.labels[i] for i in rows["label"]]
+    if actual: _warn_missing("The model", actual, classifier.predict(rows["text"]))
 
-# %% ../../nbs/core/12_train.ipynb #4c4d13b0
-class _BestEpoch(TrainerCallback):
-    "Keeps the weights of the epoch with the best score on the valid split."
+# %% ../../nbs/core/12_train.ipynb #5843cd78
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
 
-    def __init__(self, classifier: Classifier, task: Task):
-        self.classifier, self.task = classifier, task
+import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
 
-    def spec(self) -> dict: return dict(task=self.task.fingerprint)  # its metric and valid split
-
-    def _file(self, args) -> Path: return Path(args.output_dir, "best.safetensors")
-
-    def on_epoch_end(self, args, state, control, **others):
-        file, valid = self._file(args), self.task.valid
-        predicted = self.classifier.logits(valid["text"]).argmax(1).tolist()
-        score, best = self.task.score(valid["label"], predicted), float("-inf")
-        if file.exists():
-            with safe_open(file, "pt") as old: best = float(old.metadata()["score"])
-        if score > best and state.is_world_process_zero:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_safetensors(self.classifier.model, file, {"score": repr(float(score))})
-
-    def on_train_end(self, args, state, control, **others):
-        if args.world_size > 1: dist.barrier()
-        load_safetensors(self.classifier.model, self._file(args))
+from ecomopt.core.training import (
+    _BestEpoch,
+    _broadcast_flag,
+    _class_weights,
+    _Resumable,
+    _training,
+    _training_config,
+    _warn_missing,
+)
 
 # %% ../../nbs/core/12_train.ipynb #0eefd950
-def _broadcast_flag(flag: bool, args: TrainingArguments) -> bool:
-    "The flag of the first process, in all processes."
-    tensor = torch.tensor(int(flag), device=args.device)
-    dist.broadcast(tensor, 0)
-    return bool(tensor)
-
-
 def _train_distributed(
     kind: str, key: dict, args: TrainingArguments, train: Callable[[Path], None]
 ) -> None:
@@ -472,8 +356,8 @@ def finetune(
     with _training:
         set_seed(args.seed)
         classifier = load_model(model, task.labels, max_length)
-        weights, best = _class_weights(task, class_weights), _BestEpoch(classifier, task)
-        callbacks = [*callbacks, *[best][:select_best]]
+        weights = _class_weights(list(task.train["label"]), len(task.labels), class_weights)
+        if select_best: callbacks = [*callbacks, _BestEpoch(classifier, task)]
         result = _finetune(classifier, task, args, weights, callbacks, cache)
     _warn_unpredicted(result, task)
     return result
@@ -526,52 +410,13 @@ def _train(
 # %% ../../nbs/core/12_train.ipynb #38b12007
 import argparse
 import importlib
-from datetime import timedelta
-from typing import get_type_hints
 
 from accelerate import PartialState
 
 from .data import load_task
-
-# %% ../../nbs/core/12_train.ipynb #69fa1688
-def _option_types(step: str) -> dict:
-    "The type of each option of a step, as its arguments declare it."
-    public = importlib.import_module("ecomopt")
-    types = get_type_hints(TrainingArguments) | get_type_hints(getattr(public, step))
-    if step == "distill": types = get_type_hints(public.DistillationTrainer.__init__) | types
-    given = {"return", "model", "teacher", "teacher_model", "task", "callbacks"}
-    return {name: types[name] for name in types.keys() - given}
-
-
-def _parse_options(words: list[str], types: dict) -> dict:
-    "Turn `--batch-size 32 --bf16 false` into keyword arguments."
-    names, values, where = words[::2], words[1::2], "the command line"
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        what = f"Options are pairs of name and value, not {' '.join(words)!r}."
-        raise EcomoptError(what, where, "Write --epochs 2, for example.")
-    names = [name[2:].replace("-", "_") for name in names]
-    for name in names:
-        if name in types: continue
-        near = difflib.get_close_matches(name, types, n=1)
-        do = f"Did you mean --{near[0].replace('_', '-')}?" if near else "See --help."
-        raise EcomoptError(f"There is no option --{name.replace('_', '-')}.", where, do)
-    return {name: _typed(text, types[name], name) for name, text in zip(names, values)}
+from .training import _init_process_group, _option_types, _parse_options
 
 # %% ../../nbs/core/12_train.ipynb #99f2c377
-def _init_process_group(timeout: float) -> None:
-    "Join the processes of torchrun; a restart must not read the addresses of killed processes."
-    if not dist.is_torchelastic_launched(): return
-    store, rank, processes = next(dist.rendezvous("env://"))
-    one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"  # each machine counts its own restarts
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if one_machine else "0"
-    dist.init_process_group(
-        store=dist.PrefixStore(attempt, store),
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=timeout),
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     options = "Any other --name value goes to finetune, distill or transformers.TrainingArguments."
     program = "python -m ecomopt.core.train"
