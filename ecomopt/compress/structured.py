@@ -27,7 +27,8 @@ from .prune import _Step
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.generate import LanguageModel
-from ..core.train import Classifier, _token_ids
+from ..core.pretrained import _token_ids
+from ..core.train import Classifier
 
 # %% ../../nbs/compress/22_structured.ipynb #27e923da
 _PARTS = {

@@ -34,8 +34,9 @@ from ecomopt.core.pretrained import (
     _check_weights,
     _checkpoint_config,
     _max_positions,
+    _token_ids,
+    _tokenizing,
 )
-from .train import _token_ids, _tokenizing
 
 # %% ../../nbs/core/15_generate.ipynb #ae0eefe3
 def _left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
