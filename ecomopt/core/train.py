@@ -357,7 +357,7 @@ def finetune(
         set_seed(args.seed)
         classifier = load_model(model, task.labels, max_length)
         weights = _class_weights(list(task.train["label"]), len(task.labels), class_weights)
-        if select_best: callbacks = [*callbacks, _BestEpoch(classifier, task)]
+        callbacks = [*callbacks, *[_BestEpoch(classifier, task)][:select_best]]
         result = _finetune(classifier, task, args, weights, callbacks, cache)
     _warn_unpredicted(result, task)
     return result
@@ -375,7 +375,11 @@ def run(
     killed = args.resume_from_checkpoint
     if killed and trainer.is_world_process_zero():
         logging.getLogger(__name__).warning("Training goes on from %s.", killed)
-    loss = trainer.train(resume_from_checkpoint=killed).training_loss
+    try: loss = trainer.train(resume_from_checkpoint=killed).training_loss
+    except RuntimeError as error:
+        if "BFloat16" not in str(error): raise
+        what = f"{type(trainer.model).__name__} cannot be trained in bfloat16: {_first_line(error)}"
+        raise EcomoptError(what, "argument bf16", "Pass bf16=False.") from error
     if not loss < float("inf"):
         what = f"The training diverged: its mean loss is {loss}."
         raise EcomoptError(what, f"seed {args.seed}", "Lower learning_rate.")
