@@ -993,6 +993,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ecomopt/core/training.py'),
                                        'ecomopt.core.training._init_process_group': ( 'core/training.html#_init_process_group',
                                                                                       'ecomopt/core/training.py'),
+                                       'ecomopt.core.training._named_bfloat16_error': ( 'core/training.html#_named_bfloat16_error',
+                                                                                        'ecomopt/core/training.py'),
                                        'ecomopt.core.training._option_types': ( 'core/training.html#_option_types',
                                                                                 'ecomopt/core/training.py'),
                                        'ecomopt.core.training._parse_options': ( 'core/training.html#_parse_options',

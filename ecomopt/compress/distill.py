@@ -315,17 +315,16 @@ from ..core.artifact import _check_reloads, load, save
 from ..core.assets import cached
 from ..core.data import Task
 from ecomopt.core.train import (
-    _BestEpoch,
     _cached_training,
     _check_classifier,
     _digest,
-    _training,
     _warn_unpredicted,
     fingerprint,
     run,
     tokenized,
     training_arguments,
 )
+from ..core.training import _BestEpoch, _named_bfloat16_error, _training
 
 # %% ../../nbs/compress/20_distill.ipynb #dbeea12e
 def teacher_logits(
@@ -426,7 +425,8 @@ def _train(
     if loss["hidden"] or loss["cosine"] or loss["attention"]:
         loss = dict(loss, teacher_model=_matchable_teacher(teacher, student))
     else:
-        logits = teacher_logits(teacher, texts, args.bf16)
+        with _named_bfloat16_error(teacher.model):
+            logits = teacher_logits(teacher, texts, args.bf16)
         rows = rows.add_column("teacher_logits", logits.tolist())
     options = dict(loss, train_dataset=rows, callbacks=callbacks)
     collator = DataCollatorWithPadding(student.tokenizer)

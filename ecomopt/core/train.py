@@ -269,6 +269,7 @@ from ecomopt.core.training import (
     _BestEpoch,
     _broadcast_flag,
     _class_weights,
+    _named_bfloat16_error,
     _Resumable,
     _training,
     _training_config,
@@ -375,11 +376,8 @@ def run(
     killed = args.resume_from_checkpoint
     if killed and trainer.is_world_process_zero():
         logging.getLogger(__name__).warning("Training goes on from %s.", killed)
-    try: loss = trainer.train(resume_from_checkpoint=killed).training_loss
-    except RuntimeError as error:
-        if "BFloat16" not in str(error): raise
-        what = f"{type(trainer.model).__name__} cannot be trained in bfloat16: {_first_line(error)}"
-        raise EcomoptError(what, "argument bf16", "Pass bf16=False.") from error
+    with _named_bfloat16_error(trainer.model):
+        loss = trainer.train(resume_from_checkpoint=killed).training_loss
     if not loss < float("inf"):
         what = f"The training diverged: its mean loss is {loss}."
         raise EcomoptError(what, f"seed {args.seed}", "Lower learning_rate.")

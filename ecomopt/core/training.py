@@ -11,6 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import get_type_hints
@@ -23,7 +24,7 @@ from safetensors.torch import save_model as save_safetensors
 from transformers import TrainerCallback, TrainingArguments
 
 from .. import EcomoptError
-from .checks import _fork_safe_lock, _positive_number, _typed
+from .checks import _first_line, _fork_safe_lock, _positive_number, _typed
 
 # %% ../../nbs/core/04_training.ipynb #b9b261e9
 _training = _fork_safe_lock()
@@ -55,6 +56,16 @@ def _broadcast_flag(flag: bool, args: TrainingArguments) -> bool:
     tensor = torch.tensor(int(flag), device=args.device)
     dist.broadcast(tensor, 0)
     return bool(tensor)
+
+# %% ../../nbs/core/04_training.ipynb #3411fc1a
+@contextmanager
+def _named_bfloat16_error(model: object):
+    "Say what to do where a model cannot compute in bfloat16."
+    try: yield
+    except RuntimeError as error:
+        if "BFloat16" not in str(error): raise
+        what = f"{type(model).__name__} cannot compute in bfloat16: {_first_line(error)}"
+        raise EcomoptError(what, "argument bf16", "Pass bf16=False.") from error
 
 # %% ../../nbs/core/04_training.ipynb #553d9cf4
 def _class_weights(
