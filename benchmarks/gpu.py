@@ -91,7 +91,7 @@ def training(name: str, seed: int) -> tuple[dict, Classifier]:
 
 
 def inference(classifier: Classifier) -> list[dict]:
-    """All variants of a trained classifier that torch has, in turns."""
+    """All variants of a trained classifier that torch has, interleaved."""
     made = {}
     for runtime in ("eager", "sdpa", "compile"):
         for precision in ("float32", "bfloat16"):
@@ -104,7 +104,7 @@ def inference(classifier: Classifier) -> list[dict]:
             "what": f"infer, {name}",
             "sentences/s": rates[name].median(),
             "× float32": (rates[name] / rates["eager float32"]).median(),
-            "labels equal": (said[name] == said["eager float32"]).float().mean().item(),
+            "same labels": (said[name] == said["eager float32"]).float().mean().item(),
         }
         for name in made
     ]
