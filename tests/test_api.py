@@ -15,6 +15,12 @@ CLASSES = sorted({(name, public) for name in MODULES for public in getattr(impor
                   if inspect.isclass(getattr(importlib.import_module(name), public))})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Two processes that write jedi's cache at once break it."""
+    jedi.settings.cache_directory = str(tmp_path_factory.mktemp("jedi"))
+
+
 def public_methods(cls: type) -> dict[str, object]:
     """What the class itself defines and a user may call or read."""
     kinds = (classmethod, staticmethod, property)
