@@ -26,7 +26,7 @@ demo: assets  ## Make a real review classifier smaller and faster, and show the 
 test: assets  ## Run all tests, the notebooks among them
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-check: assets  ## Lint, exports, and the tests that need no training: two minutes
+check: assets  ## Lint, exports, and the quick tests: two minutes
 	@$(BIN)/python -m ruff check nbs tests tools benchmarks
 	@$(BIN)/python -m tools.lint
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow"

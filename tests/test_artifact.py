@@ -23,6 +23,7 @@ TEXTS = ["good", "the battery is awful", "not bad"]
 def path(tmp_path): return save(tiny.classifier(), tmp_path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda c: c, quantize, lambda c: quantize(c, embedding_bits=4)],
@@ -128,6 +129,7 @@ def test_every_old_artifact_has_a_tolerance():
     assert {path.name for path in OLD.iterdir() if path.is_dir()} == TOLERANCE.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_an_artifact_of_version_0_1_0_loads_and_is_saved_by_its_new_names(name, tmp_path):
     model = load(OLD / name)

@@ -214,6 +214,7 @@ def test_the_assets_are_pinned_and_credited():
         assert all(len(sha256) == 64 and "/" not in name for name, (_, sha256) in asset.files.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASSETS)
 def test_fetch_gives_the_listed_files(name):
     folder = fetch(name)
@@ -306,6 +307,7 @@ def test_the_table_tells_what_is_cached(cache):
     assert cache_dir() == cache and not cache.exists()  # looking makes nothing
 
 
+@pytest.mark.slow
 def test_the_command_lists_and_fetches():
     answer = CliRunner().invoke(app, ["assets", "--fetch", "reviews", "--fetch", "reviews_zh"], env={"COLUMNS": "200"})
     assert answer.exit_code == 0

@@ -87,6 +87,7 @@ def test_a_batch_is_spread_out():
     assert gaps.min() > 1e-3 and gaps.max() > 0.1 and len(tuner.pending) == 4
 
 
+@pytest.mark.slow
 def test_better_than_random_search():
     ours = [_best(run(valley, Tuner(PLANE, seed), 16)).value for seed in range(5)]
     random = [_best(run(valley, RandomSearch(PLANE, seed), 16)).value for seed in range(5)]
@@ -145,6 +146,7 @@ def test_acquisition_per_second_is_the_mean_over_the_posterior_of_the_time():
 
 # resuming
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 40, 300])
 def test_goes_on_with_the_same_suggestion(tmp_path, cut):
     whole = told(run())
@@ -173,6 +175,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real(tmp_path):
     killed, whole, _ = outputs_and_lines(PROGRAM, 7, tmp_path)
     assert killed == whole != ""
@@ -196,6 +199,7 @@ def ray():
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("backend", ["threading", "loky", "ray"])
 def test_parallel_trials(backend, request, tmp_path):
@@ -213,6 +217,7 @@ def test_parallel_trials(backend, request, tmp_path):
 
 # what it has learned
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost_aware", [False, True])
 def test_partial_dependence_and_plot(cost_aware):
     tuner = Tuner(SPACE, cost_aware=cost_aware)

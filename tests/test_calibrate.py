@@ -155,6 +155,7 @@ def test_an_iterable_of_texts_will_do(quantized):
     assert fingerprint(calibrate(quantized, (text for text in TEXTS))) == fingerprint(calibrate(quantized, TEXTS))
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process(tmp_path, quantized):
     static = calibrate(quantized, TEXTS)
     save(static, tmp_path / "static")

@@ -141,6 +141,7 @@ def test_transfer_text_repeats_nothing(reviews):
     assert not set(texts) & {normalize(text) for part in parts(reviews).values() for text in part["text"]}
 
 
+@pytest.mark.slow
 def test_reviews_zh(reviews_zh):
     assert reviews_zh.labels == ("negative", "positive") and crossings(reviews_zh) == set()
     assert sum(map(len, parts(reviews_zh).values())) == 17_405 - 47  # distinct texts, without those of both labels

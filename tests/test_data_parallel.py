@@ -29,6 +29,7 @@ def total(rank, numbers):
     return rank, dist.get_world_size(), numbers[rank]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_process_works_with_the_others(processes):
     results = launch(total, processes, torch.arange(6.0).reshape(3, 2))
@@ -37,6 +38,7 @@ def test_every_process_works_with_the_others(processes):
     assert all(torch.equal(numbers, expected) for *_, numbers in results)
 
 
+@pytest.mark.slow
 def test_a_worker_may_be_made_on_the_spot(monkeypatch):
     """With what it uses, in today's environment, and with the threads it is given."""
     monkeypatch.setenv("SHOP", "open")
@@ -155,6 +157,7 @@ def trained(rank, folder, cache, **settings):
 def undisturbed(shop): return launch(trained, 1, shop, "one")[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_that_was_stopped_becomes_the_same_model(shop, undisturbed, processes, monkeypatch):
     """In one process to the last bit, in two up to the order in which sums are rounded; no checkpoints are left."""
@@ -166,6 +169,7 @@ def test_a_training_that_was_stopped_becomes_the_same_model(shop, undisturbed, p
         assert torch.allclose(weights, undisturbed, atol=1e-6 if processes > 1 else 0) and checkpoints == []
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_found_by_all(shop):
     def twice(rank, folder):
         first = trained(rank, folder, "found")[0]
@@ -187,6 +191,7 @@ def torchrun(folder, *words):
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_is_restarted_and_the_model_is_the_same(shop, undisturbed):
     run = torchrun(
         shop,
@@ -227,6 +232,7 @@ def test_a_worker_killed_in_the_middle_is_restarted_and_the_model_is_the_same(sh
     assert torch.allclose(weights, undisturbed, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_said_at_once(shop):
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -86,6 +86,7 @@ def trained(args, data=None, trainer=DistillationTrainer, **kwargs):
     return weights(student)
 
 
+@pytest.mark.slow
 def test_alpha_0_is_the_plain_trainer():
     labelled = rows(tiny.classifier(), unlabelled=False)
     plain = trained(arguments(), labelled, Trainer)
@@ -94,6 +95,7 @@ def test_alpha_0_is_the_plain_trainer():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_one_batch_of_32_is_four_of_8(alpha):
     one = trained(arguments(32), teacher_model=tiny.classifier().model, alpha=alpha)
@@ -101,6 +103,7 @@ def test_one_batch_of_32_is_four_of_8(alpha):
     assert torch.allclose(one, four, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     one = trained(arguments(24), teacher_model=tiny.classifier().model)
     launch = [
@@ -126,6 +129,7 @@ def taught(task):
     return teacher
 
 
+@pytest.mark.slow
 def test_a_distilbert_learns_from_a_bert():
     task = tiny.task(120)
     teacher = taught(task)
@@ -143,6 +147,7 @@ def eager(**sizes):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [64, 32])
 def test_matching_is_the_same_for_one_batch_and_for_four(hidden):
     def weights_after(batch_size, micro_batches):
@@ -164,6 +169,7 @@ def test_matching_is_the_same_for_one_batch_and_for_four(hidden):
     assert torch.allclose(weights_after(32, 1), weights_after(8, 4), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MATCHING)
 def test_matching_reduces_its_loss(name):
     student, teacher, rows_ = eager(seed=1, layers=3), eager(), rows(tiny.classifier())
@@ -228,6 +234,7 @@ def test_augmented_texts_are_in_the_shop_s_own_words(texts, n, seed):
     assert all(text.strip() for text in augmented)
 
 
+@pytest.mark.slow
 def test_quantized_embeddings_stay_while_the_rest_learns(tmp_path):
     start = quantize(keep_layers(tiny.classifier(), 2), embedding_bits=4, linear=False)
     student = distill(tiny.classifier(), tiny.task(), start, augment=8, learning_rate=1e-2)
@@ -240,6 +247,7 @@ def test_quantized_embeddings_stay_while_the_rest_learns(tmp_path):
     assert torch.equal(again.logits(["good battery"]), small.logits(["good battery"]))
 
 
+@pytest.mark.slow
 def test_cached_logits_equal_live_ones():
     teacher, student = tiny.classifier(), no_dropout(tiny.classifier(seed=1, layers=1))
     data = rows(student)
@@ -263,6 +271,7 @@ def test_padding_changes_nothing():
     assert torch.isclose(*losses, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_unlabelled_text():
     task = tiny.task(120)
     teacher = taught(task)
@@ -270,6 +279,7 @@ def test_a_student_learns_from_unlabelled_text():
     assert student.predict(task.test["text"]) == teacher.predict(task.test["text"])
 
 
+@pytest.mark.slow
 def test_a_finished_distillation_is_not_repeated(monkeypatch):
     task, teacher = tiny.task(), tiny.classifier()
     first = distill(teacher, task, 2)

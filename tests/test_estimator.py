@@ -109,6 +109,7 @@ def name_of(value) -> str:
     return getattr(getattr(value, "func", value), "__name__", "OnRows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator, check", CHECKS, ids=name_of)
 def test_checks_of_scikit_learn(estimator, check, model):
     FOLDER[:] = [model]
@@ -119,6 +120,7 @@ def test_checks_of_scikit_learn(estimator, check, model):
 
 # texts
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [list, np.array, pd.Series])
 def test_texts_in_any_container(model, kind):
     classifier = make(model).fit(kind(TEXTS), kind(LABELS))
@@ -128,10 +130,12 @@ def test_texts_in_any_container(model, kind):
     assert probability.shape == (40, 2) and np.allclose(probability.sum(1), 1)
 
 
+@pytest.mark.slow
 def test_it_learns(model):
     assert make(model, epochs=15).fit(TEXTS, LABELS).score(TEXTS, LABELS) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [np.arange(40) % 3, (np.arange(40) % 2).astype(bool), np.array(["ä", "b"] * 20)])
 def test_labels_come_back_as_they_went(model, labels):
     classifier = make(model).fit(TEXTS, labels)
@@ -139,6 +143,7 @@ def test_labels_come_back_as_they_went(model, labels):
     assert classifier.predict_proba(TEXTS).shape[1] == len(set(labels.tolist()))
 
 
+@pytest.mark.slow
 def test_same_seed_same_model(model):
     def probability(seed): return make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS)
     one, other, third = map(probability, (0, np.int64(0), 1))
@@ -146,6 +151,7 @@ def test_same_seed_same_model(model):
     make(model, random_state=None).fit(TEXTS, LABELS)
 
 
+@pytest.mark.slow
 def test_pickles_and_saves(model, tmp_path):
     classifier = make(model).fit(TEXTS, LABELS)
     assert np.array_equal(pickle.loads(pickle.dumps(classifier)).predict_proba(TEXTS), classifier.predict_proba(TEXTS))
@@ -156,6 +162,7 @@ def test_pickles_and_saves(model, tmp_path):
     assert answer.strip().split("|") == classifier.predict(TEXTS[:5]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [True, False])
 def test_the_cache_does_not_fill_up(model, stored, monkeypatch, tmp_path):
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
@@ -189,6 +196,7 @@ def test_bad_input_that_scikit_learn_finds(model):
 SPLIT = PredefinedSplit([-1] * 30 + [0] * 10)
 
 
+@pytest.mark.slow
 def test_bayes_search(model):
     options = dict(n_points=1, random_state=0, optimizer_kwargs={"n_initial_points": 2})
     found = BayesSearchCV(make(model), SPACE, n_iter=3, cv=SPLIT, **options)
@@ -198,6 +206,7 @@ def test_bayes_search(model):
     assert all(value in SPACE[name] for name, value in found.best_params_.items()) and len(found.predict(TEXTS)) == 40
 
 
+@pytest.mark.slow
 def test_grid_search_in_a_pipeline(model):
     pipeline = Pipeline([("clean", FunctionTransformer(func=strip)), ("model", make(model))])
     grid = {"model__learning_rate": [1e-5, 5e-3], "model__weight_decay": [0.0]}
@@ -205,6 +214,7 @@ def test_grid_search_in_a_pipeline(model):
     assert len(found.cv_results_["params"]) == 2 and set(found.predict(TEXTS)) <= {"bad", "good"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scoring", [None, "f1_macro", "neg_log_loss", "roc_auc"])
 def test_scores_by_name(model, scoring):
     assert np.isfinite(cross_val_score(make(model), TEXTS, LABELS, cv=2, scoring=scoring, error_score="raise")).all()

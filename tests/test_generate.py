@@ -134,6 +134,7 @@ def test_generation_speed(lm):
     assert list(table.index) == ["one", "other"] and table.loc["one", "× tokens/s"] == 1
 
 
+@pytest.mark.slow
 def test_a_fresh_process_writes_the_same(lm, tmp_path):
     path = save(lm, tmp_path / "writer")
     code = "import json, sys, ecomopt; print(json.dumps(ecomopt.load(sys.argv[1]).generate(sys.argv[2:], 6)))"

@@ -211,6 +211,7 @@ def processes(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exchange", "renames"])
 def test_a_process_that_is_killed_leaves_the_old_model_or_the_new(processes, how):
     assert processes[f"replaced {how}"] == [0, ["model"]]
@@ -221,6 +222,7 @@ def test_a_process_that_is_killed_in_its_first_save_leaves_nothing_or_the_model(
     assert lost == 0 and 0 < finished < 60  # some were killed before the end, some after it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exchange", "renames"])
 def test_of_three_processes_that_save_to_one_path_one_wins(processes, how):
     assert processes[f"together {how}"] == [[0, 0, 0], ["model"], True]
@@ -496,6 +498,7 @@ def mutate(manifest, data):
     return manifest
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_manifest_of_any_kind_is_refused_or_gives_the_model(quantized, data):

@@ -567,6 +567,7 @@ def acceptable(rows):
     return not is_empty and len(set(map(normalize, counts))) == len(counts) and min(counts.values()) >= 3
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=CASES, suppress_health_check=list(HealthCheck))
 @given(files())
 def test_a_generated_file_gives_its_rows_or_an_error(tmp_path_factory, file):

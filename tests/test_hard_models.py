@@ -99,6 +99,7 @@ def test_logits_that_are_not_finite_are_no_answer():
         with pytest.raises(EcomoptError, match="not finite"): ask(["good"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_checkpoints_of_16_bits_are_trained_in_32(checkpoint, dtype):
     edit_weights(checkpoint, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
@@ -146,6 +147,7 @@ def test_a_teacher_of_other_classes(tmp_path, names):
         DistillationTrainer(tiny.classifier().model, args, train_dataset=rows, teacher_model=teacher)
 
 
+@pytest.mark.slow
 def test_a_class_that_is_never_predicted(checkpoint):
     model = tiny.classifier()
     model.model.classifier.bias.data = torch.tensor([100.0, 0.0])
@@ -162,6 +164,7 @@ def skewed(rows=120, rare=8):
     return replace(task, train=task.train.select(keep))
 
 
+@pytest.mark.slow
 def test_class_weights(checkpoint):
     task = skewed()
     weights = training._class_weights(task.train["label"][:], 2, "balanced")
@@ -177,6 +180,7 @@ def test_wrong_class_weights(checkpoint, wrong):
     with pytest.raises(EcomoptError, match="class_weights"): finetune(checkpoint, tiny.task(), class_weights=wrong)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_by_the_metric_of_the_task(checkpoint):
     task, options = tiny.task(), dict(epochs=6, learning_rate=2e-3, batch_size=8)
     def first_class(labels, predicted): return -sum(predicted)  # best when all are of class 0
@@ -340,6 +344,7 @@ def test_options_of_a_distillation():
 
 # ---------------------------------------------------------------- students
 
+@pytest.mark.slow
 def test_a_teacher_in_int8_can_teach():
     teacher = quantize(tiny.classifier())
     student = distill(teacher, tiny.task(), tiny.classifier(layers=1), epochs=1)
@@ -355,6 +360,7 @@ def test_a_student_in_int8_cannot_be_trained(student):
 
 # ---------------------------------------------------------------- threads
 
+@pytest.mark.slow
 def test_two_trainings_in_two_threads_are_two_trainings(checkpoint):
     def learned(seed): return fingerprint(finetune(checkpoint, tiny.task(), epochs=2, seed=seed, cache=False))
     one_by_one = [learned(seed) for seed in range(3)]

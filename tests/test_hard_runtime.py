@@ -108,6 +108,7 @@ def converted(name: str, architecture: str | None = None):
 OTHERS = "ELECTRA", "ALBERT", "GPT-2", "LLaMA", "FNet"  # in one of the two, to save time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, architecture", [
     ("openvino", "RoBERTa"), ("openvino", "MPNet"), ("openvino", "DeBERTa"), ("openvino", "Longformer"),
     ("openvino", "Funnel"), *(("onnxruntime", architecture) for architecture in ("RoBERTa", *OTHERS)),
@@ -135,6 +136,7 @@ def odd_batch_is_wrong(logits, inputs): return logits + (len(logits) == 3)
 FAULTS = [other_row, all_nan, one_infinite, padding_counts, long_is_wrong, single_is_wrong, odd_batch_is_wrong]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_answers_otherwise_is_refused(fault, monkeypatch):
     """A runtime with a fault, at some length or number of texts alone."""
@@ -159,6 +161,7 @@ class WithLength(nn.Module):
     def forward(self, x): return self.head(x) * np.log(float(x.shape[0]))
 
 
+@pytest.mark.slow
 def test_a_trace_that_contains_its_example_is_refused():
     odd = copy.deepcopy(small())
     odd.model.classifier = WithLength(odd.model.classifier)
@@ -184,6 +187,7 @@ def test_a_converted_model_without_finite_logits_does_not_predict(value, monkeyp
         with pytest.raises(EcomoptError, match="not finite"): call(["bad"])
 
 
+@pytest.mark.slow
 def test_a_variant_without_finite_logits_is_not_chosen(monkeypatch):
     write, real = runtime._GRAPHS["onnxruntime"]
     def open_files(*arguments): return lambda inputs: np.full((len(inputs["input_ids"]), 2), np.nan, np.float32)
@@ -193,6 +197,7 @@ def test_a_variant_without_finite_logits_is_not_chosen(monkeypatch):
     assert choice.runtime == "eager" and "not finite" in choice.table.loc["onnxruntime float32", "note"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_a_text_longer_than_the_positions_is_refused(name, tmp_path):
     for model, limit in ((converted(name), 512), (converted(name, "RoBERTa"), 39)):
@@ -201,6 +206,7 @@ def test_a_text_longer_than_the_positions_is_refused(name, tmp_path):
             with pytest.raises(EcomoptError, match=f"{limit} positions"): one.model(torch.full((1, limit + 1), 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime", "eager"])
 def test_pairs_of_texts_are_refused(name):
     ids = torch.tensor([[2, 5, 6, 3]])
@@ -243,6 +249,7 @@ def language_model(name: str): return WRITERS[name]()
 def converted_writer(): return convert_language_model(tiny.language_model(), 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITERS, "converted"])
 def test_an_answer_does_not_depend_on_the_other_prompts(name):
     lm = converted_writer() if name == "converted" else language_model(name)
@@ -253,6 +260,7 @@ def test_an_answer_does_not_depend_on_the_other_prompts(name):
         assert lm.generate(PROMPTS[::-1], 8, batch_size=batch_size) == alone[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_language_model_is_converted_right_or_refused(name):
     lm = language_model(name)
@@ -264,6 +272,7 @@ def test_a_language_model_is_converted_right_or_refused(name):
     assert abs(losses(other, PROMPTS) - losses(lm, PROMPTS)).max() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("change", [lambda z: z * np.nan, lambda z: z[::-1], lambda z: np.roll(z, 1, -1)])
 def test_a_language_model_that_answers_otherwise_is_refused(change, bits, monkeypatch):
@@ -461,6 +470,7 @@ def test_wrong_arguments_of_convert_language_model(wrong):
     with pytest.raises(EcomoptError): convert_language_model(**dict(lm=tiny.language_model(), bits=32) | wrong)
 
 
+@pytest.mark.slow
 def test_bits_of_numpy_are_saved(tmp_path):
     model = convert_language_model(tiny.language_model(), np.int64(8))
     assert load(save(model, tmp_path / "model")).generate(PROMPTS, 3) == model.generate(PROMPTS, 3)

@@ -236,6 +236,7 @@ FINITE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", FINITE)
 @pytest.mark.parametrize("make", [RandomSearch, Tuner, lambda space: GridSearch(space, 99)])
 def test_more_trials_than_points(space, make):
@@ -742,6 +743,7 @@ def test_no_labels(y):
     assert isinstance(caught.value, EcomoptError) and "y" in caught.value.where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [tuple, pd.Series, np.array, iter, lambda x: (row for row in x), lambda x: np.array(x, object)]
 )
@@ -753,6 +755,7 @@ def test_texts_and_labels_of_any_ordered_container(model, kind):
     assert set(classifier.predict(kind(TEXTS))) <= {"bad", "good"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["z", "a"], [1, 0], [True, False], ["2", "10"]])
 def test_names_of_classes_in_any_order(model, names):
     order = np.random.default_rng(0).permutation(40)
@@ -761,6 +764,7 @@ def test_names_of_classes_in_any_order(model, names):
     assert classifier.classes_.tolist() == sorted(names) and classifier.score(texts, y) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["f1_macro", "balanced_accuracy", "neg_log_loss", "roc_auc"])
 def test_metrics_when_a_class_is_never_predicted(model, scoring):
     rare = np.array(["common"] * 40, object)
@@ -772,6 +776,7 @@ def test_metrics_when_a_class_is_never_predicted(model, scoring):
     assert np.isfinite(scores).all()
 
 
+@pytest.mark.slow
 def test_class_weights_help_a_rare_class(model):
     y = np.array(["common"] * 40, object)
     y[::8] = "rare"
@@ -780,6 +785,7 @@ def test_class_weights_help_a_rare_class(model):
         assert make(model, class_weight=weights).fit(TEXTS, y).predict_proba(TEXTS)[:, 1].mean() > equal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -810,6 +816,7 @@ def test_clones_have_the_options_and_not_the_training(model):
     with pytest.raises(ValueError): other.set_params(classweight="balanced")
 
 
+@pytest.mark.slow
 def test_trainings_in_threads_are_those_one_after_the_other(model):
     def fit(seed): return make(model, random_state=seed).fit(TEXTS, LABELS).predict_proba(TEXTS)
     expected = [fit(seed) for seed in range(3)]
@@ -882,6 +889,7 @@ def use(draw, space) -> None:
         assert trial.value is None or math.isfinite(trial.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(data=st.data(), space=spaces)
 def test_an_error_that_says_what_to_do_or_points_inside(data, space):

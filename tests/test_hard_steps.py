@@ -121,6 +121,7 @@ def near_or_refused(classifier: Classifier, step: str) -> Classifier | None:
 
 # architectures
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", NEAR)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_any_architecture_is_computed_rightly_or_refused(tmp_path, kind, step):
@@ -239,6 +240,7 @@ CHANGES = [scaled_words, doubled_linear, read_weight, read_and_called, other_lay
     limited_norm, hooked, weight_norm, own_forward]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", NEAR)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_understood_is_left_alone_or_refused(change, step):
@@ -384,6 +386,7 @@ def changed():
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGED)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_works_on_a_changed_model_or_says_what_to_do(changed, step, kind):
@@ -430,6 +433,7 @@ HALF = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("step", HALF)
 def test_checkpoints_in_another_precision_are_converted(tmp_path, step, dtype):

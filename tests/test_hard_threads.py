@@ -102,6 +102,7 @@ def wrong(found: list, wanted: list) -> int:
 
 # ---------------------------------------------------------------- threads
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_logits_in_threads_are_those_of_one_thread(kind):
     model, wanted = fresh(kind)
@@ -109,6 +110,7 @@ def test_logits_in_threads_are_those_of_one_thread(kind):
     assert wrong(in_threads(lambda text: model.logits([text]), TEXTS * 12), wanted * 12) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "int8", "compile", "openvino", "onnxruntime"])
 def test_batches_in_threads_are_those_of_one_thread(kind):
     model, _ = classifier(kind)
@@ -117,6 +119,7 @@ def test_batches_in_threads_are_those_of_one_thread(kind):
     assert wrong(in_threads(lambda batch: model.logits(batch, 2), batches * 4), wanted * 4) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "int8", "openvino", "onnxruntime"])
 def test_one_tokenizer_cuts_at_two_lengths_at_once(kind):
     """Two models with one tokenizer, which keeps the last length that it cut at."""
@@ -127,6 +130,7 @@ def test_one_tokenizer_cuts_at_two_lengths_at_once(kind):
     assert wrong(in_threads(lambda call: call[0].logits([call[1]]), calls * 3), wanted * 3) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 def test_texts_written_in_threads_are_those_of_one_thread(kind):
     lm, wanted = language_model(kind)
@@ -187,6 +191,7 @@ def forked(call, seconds: float = 60) -> bool:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_logits_after_a_fork(kind):
@@ -221,6 +226,7 @@ def test_a_fork_while_other_threads_compute(kind):
         assert all(job.result().isfinite().all() for job in busy)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_model_that_is_dropped_after_a_fork():
     """To close a runtime of the parent would wait for threads that are not there."""
@@ -258,6 +264,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", ["float", "int8", "openvino", "onnxruntime"])
 def test_a_fork_of_a_process_that_computes_with_several_threads(kind, tmp_path):

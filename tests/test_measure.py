@@ -178,6 +178,7 @@ def test_disk_bytes_are_those_of_the_files(task, tmp_path):
     assert disk_bytes == sum(file.stat().st_size for file in save(measured, tmp_path / "saved").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_is_that_of_a_fresh_process(task):
     ballast = np.ones(50_000_000)  # 400 MB here must not be counted there

@@ -46,6 +46,7 @@ def run(rank, original, prepare, *args):
 def same(original): return original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("parts", [["heads", "neurons"], ["neurons"]])
 def test_split_into_heads_and_neurons_it_is_the_same_model(kind, parts):
@@ -56,6 +57,7 @@ def test_split_into_heads_and_neurons_it_is_the_same_model(kind, parts):
         assert held == predict_bytes(original, 2, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 def test_sharded_it_is_the_same_model(kind):
     original = model(kind)
@@ -67,6 +69,7 @@ def test_sharded_it_is_the_same_model(kind):
     assert results[0][2] == predict_bytes(original, 2)
 
 
+@pytest.mark.slow
 def test_a_language_model_of_tied_weights():
     original = model("llama", AutoModelForCausalLM, tie_word_embeddings=True)
     (logits, weights, _), = launch(run, 1, original, same)
@@ -83,6 +86,7 @@ def test_the_first_process_holds_its_rows_four_times(rows, columns, processes):
     assert predict_bytes(one, processes) == {"weights": share, "gradients": share, "optimizer": 2 * share}
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_neither_gradient_nor_optimizer():
     original = model("bert")
     everything = predict_bytes(original, 2)
@@ -108,6 +112,7 @@ def test_what_cannot_be_shared_is_said_before_anything_starts(kind, processes, p
     with pytest.raises(EcomoptError, match=message): _check_split(model(kind), processes, parts)
 
 
+@pytest.mark.slow
 def test_the_way_out_is_named_and_is_one():
     original = model("bert", num_attention_heads=1)
     with pytest.raises(EcomoptError, match=r"or parts=\['neurons'\]"): _check_split(original, 2)

@@ -51,6 +51,7 @@ def train(rank, whole, kind, m, steps):
     return {name: weight.detach() for name, weight in stage.submod.named_parameters()}, stage.events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, stages, m", [(ScheduleGPipe, 2, 1), (ScheduleGPipe, 2, 4), (Schedule1F1B, 2, 8), (Schedule1F1B, 4, 4)]
 )
@@ -70,6 +71,7 @@ def test_a_pipeline_trains_the_model_that_one_process_trains(kind, stages, m):
         assert all(before[4] <= after[3] for before, after in zip(events, events[1:]))
 
 
+@pytest.mark.slow
 def test_a_dead_stage_is_an_error_and_no_hang():
     def stumble(rank, whole):
         if rank == 1: raise MemoryError("no room for the second half")

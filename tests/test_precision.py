@@ -161,6 +161,7 @@ def trained(**hyperparameters):
 def weights(classifier): return torch.cat([p.detach().flatten() for p in classifier.model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hyperparameters",
     [
@@ -207,11 +208,13 @@ def test_autocast_is_used_where_nothing_is_emulated(monkeypatch):
     for model in (real, emulated): assert 1e-4 < (weights(model) - weights(exact)).norm() / way.norm() < 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_training():
     (a, first), (b, second), (_, third) = (trained(precision="float16", seed=seed) for seed in (0, 0, 1))
     assert first.equals(second) and torch.equal(weights(a), weights(b)) and not first.equals(third)
 
 
+@pytest.mark.slow
 def test_a_loss_weight_changes_nothing_in_float32():
     (_, first), (_, second) = trained(loss_weight=2.0**-20), trained()
     assert torch.allclose(torch.tensor(first["loss"][:6]), torch.tensor(second["loss"][:6]), rtol=1e-3)

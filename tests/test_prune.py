@@ -71,6 +71,7 @@ def test_masks_are_those_of_torch(kind, scope, importance, sparsity):
     assert same(ours, {name: linear.weight_mask.bool() for name, linear in theirs.items()})
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SPARSITIES, st.sampled_from(SCOPES), st.sampled_from(IMPORTANCES), st.sampled_from(list(KINDS)))
 def test_sparsity_is_exact_to_one_weight(sparsity, scope, importance, kind):
@@ -84,6 +85,7 @@ def test_sparsity_is_exact_to_one_weight(sparsity, scope, importance, kind):
     assert all(torch.equal(after[name][~gone[name]], before[name][~gone[name]]) for name in gone)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(SPARSITIES, SPARSITIES, st.sampled_from(SCOPES), st.sampled_from(IMPORTANCES))
 def test_pruning_twice_is_pruning_once(one, other, scope, importance):
@@ -151,6 +153,7 @@ def train(classifier: Classifier, *callbacks: TrainerCallback, resume: str | Non
     return record.sparsity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "others",
     [
@@ -170,11 +173,13 @@ def test_masked_zeros_survive_optimizer_steps(others):
     assert not any(torch.equal(w, values[name]) for name, w in weights(pruned).items())  # the others did learn
 
 
+@pytest.mark.slow
 def test_zeros_without_a_mask_are_lost():
     pruned = prune(tiny.classifier(), 0.8)
     assert train(pruned)[-1] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_sparsity_follows_the_schedule(scope, importance):
@@ -202,6 +207,7 @@ def test_the_schedule_rises_from_first_to_last(one, other, begin, length, t, lat
     assert cubic_sparsity(end, first, last, begin, end) == last or end - begin != length
 
 
+@pytest.mark.slow
 def test_gradual_pruning_continues_from_zeros():
     pruned = prune(tiny.classifier(), 0.5)
     before = zeros(pruned)
@@ -210,6 +216,7 @@ def test_gradual_pruning_continues_from_zeros():
     assert all((zeros(pruned)[name] | ~gone).all() for name, gone in before.items())
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_from_its_checkpoint(tmp_path):
     def callback(): return PruneCallback(0.9, frequency=2)
     whole, resumed = tiny.classifier(), tiny.classifier()
@@ -223,6 +230,7 @@ def test_a_killed_training_resumes_from_its_checkpoint(tmp_path):
 def cache(tmp_path, monkeypatch): monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.9])
 def test_prunes_while_distilling(cache, alpha):
     teacher = tiny.classifier()
@@ -238,6 +246,7 @@ def test_prunes_while_distilling(cache, alpha):
     assert same(zeros(further), zeros(student(0.9))) and fingerprint(further) != fingerprint(student(0.9))
 
 
+@pytest.mark.slow
 def test_prunes_while_fine_tuning(cache, tmp_path):
     original = tiny.classifier()
     for part in (original.model, original.tokenizer): part.save_pretrained(tmp_path / "model")
@@ -247,6 +256,7 @@ def test_prunes_while_fine_tuning(cache, tmp_path):
 
 # saving, and other steps
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process(tmp_path):
     pruned = prune(KINDS["bert"], 0.9)
     save(pruned, tmp_path / "pruned")
@@ -266,6 +276,7 @@ def test_loads_in_a_fresh_process(tmp_path):
     assert size == dense  # zeros in a dense file save nothing
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_trained_with_its_zeros(tmp_path):
     pruned = prune(tiny.classifier(), 0.9)
     again = load(save(pruned, tmp_path / "pruned"))
@@ -296,6 +307,7 @@ def test_bad_input_is_refused_before_anything_is_copied(monkeypatch, wrong, what
     with pytest.raises(EcomoptError, match=what): pruning_masks(prunable_layers(original.model), **wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope, where", [("global", "the layers"), ("local", "attention.self.query")])
 def test_zeros_are_not_brought_back(scope, where):
     pruned = prune(tiny.classifier(), 0.8, scope)
@@ -323,6 +335,7 @@ def test_bad_schedules_are_refused(wrong, what):
     with pytest.raises(EcomoptError, match=what): PruneCallback(0.8, **wrong)
 
 
+@pytest.mark.slow
 def test_the_best_model_may_not_be_the_pruned_one(tmp_path):
     with pytest.raises(EcomoptError, match="not be pruned yet"):
         train(

@@ -62,6 +62,7 @@ def test_a_row_of_zeros():
     assert torch.isfinite(int8_linear(fake_quant_linear(linear, 2))(torch.randn(3, 8))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [
     tiny.classifier,
     tiny.distilbert,
@@ -77,6 +78,7 @@ def test_a_trained_model_keeps_its_integers(start):
     assert (small.logits(TEXTS) - student.logits(TEXTS)).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_training_moves_the_latent_weights_and_beats_rounding_at_the_end():
     teacher, task = tiny.classifier(), tiny.task(120)
     rounded = prepare_qat(tiny.classifier(), 2)
@@ -89,6 +91,7 @@ def test_training_moves_the_latent_weights_and_beats_rounding_at_the_end():
         assert torch.equal(one.scale, other.scale) and not torch.equal(one.weight, other.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [lambda c: c, quantize])
 def test_a_fresh_process_answers_the_same(stored, tmp_path):
     model = stored(prepare_qat(tiny.classifier(), 3))

@@ -151,6 +151,7 @@ def test_what_is_saved_is_loaded(tmp_path, bits, tied):
     assert (again.model.lm_head.weight is again.model.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.slow
 def test_a_fresh_process_writes_the_same(tmp_path):
     small = quantize_language_model(tiny.language_model(), 4)
     path = save(small, tmp_path / "small")

@@ -38,6 +38,7 @@ def made(small):
     return functools.cache(lambda name, precision: convert(small, name, precision, TEXTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, precision", SAVED)
 def test_predictions_stay_the_same_after_save_and_load(small, made, name, precision, tmp_path):
     before, wanted = fingerprint(small), small.logits(TEXTS)
@@ -53,6 +54,7 @@ def test_predictions_stay_the_same_after_save_and_load(small, made, name, precis
     assert torch.equal(copied.logits(TEXTS), logits)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(made, tmp_path):
     converted = made("openvino", "float32")
     path = save(converted, tmp_path / "model")
@@ -62,6 +64,7 @@ def test_a_fresh_process_loads_it(made, tmp_path):
     assert np.allclose(np.array(printed, float), converted.logits(TEXTS).flatten().numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize("bits", [4, 2])
 def test_quantized_embeddings_are_converted(name, bits):
@@ -69,17 +72,20 @@ def test_quantized_embeddings_are_converted(name, bits):
     assert torch.allclose(convert(small, name, "float32").logits(TEXTS), small.logits(TEXTS), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_distilbert_is_converted():
     small = tiny.distilbert()
     assert torch.allclose(convert(small, "openvino", "float32").logits(TEXTS), small.logits(TEXTS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_model(small, made):
     model = made("onnxruntime", "float32").model
     assert count_parameters(model) == count_parameters(small.model)
     for tokens in (1, 5, 32): assert count_macs(model, tokens) == count_macs(small.model, tokens)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_creates_another_session(made):
     converted, before = made("openvino", "float32"), torch.get_num_threads()
     first = converted.logits(TEXTS)
@@ -107,6 +113,7 @@ def test_compiled_by_torch(small, tmp_path):
     assert load(save(converted, tmp_path / "model")).model.runtime == "compile"
 
 
+@pytest.mark.slow
 def test_no_telemetry_is_sent(small, monkeypatch):
     """OpenVINO's tools would report how they are used."""
     ga4 = pytest.importorskip("openvino_telemetry.backend.backend_ga4")
@@ -155,6 +162,7 @@ class Odd(nn.Module):
         return x.flip(-1) if x.sum().item() > 0 else x
 
 
+@pytest.mark.slow
 def test_an_operator_that_a_runtime_lacks(small):
     odd = copy.deepcopy(small)
     odd.model.classifier = nn.Sequential(odd.model.classifier, Odd())
@@ -190,6 +198,7 @@ def test_a_far_too_slow_variant_is_not_measured(small, monkeypatch):
     assert choice.runtime == "eager" and "not measured further" in choice.table.loc["sdpa float32", "note"]
 
 
+@pytest.mark.slow
 def test_the_choice_has_a_reason(small):
     few = dict(runtimes=["sdpa", "onnxruntime"], precisions=["float32", "bfloat16"], rounds=1)
     choice = best_runtime(small, tiny.task(), min_agreement=0.5, **few)

@@ -46,6 +46,7 @@ def test_draft_tokens_change_nothing(lm, text, k):
     assert stopped == greedy_decoding(lm.model, [ids], 40, stop)[0]
 
 
+@pytest.mark.slow
 def test_generated_texts_are_the_same(lm, converted):
     ids = lm.encode(TEXTS)
     assert greedy_decoding(converted[32].model, ids, 12) == greedy_decoding(lm.model, ids, 12)
@@ -62,6 +63,7 @@ def test_few_bits_are_those_of_torch(lm, converted, bits, tolerance):
     assert (logits - wanted).norm() < tolerance * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 4])
 def test_save_and_load(lm, converted, bits, tmp_path):
     again, ids = load(save(converted[bits], tmp_path / "model")), lm.encode(TEXTS)

@@ -97,6 +97,7 @@ def test_values_are_even_on_their_scale():
 
 # ask and tell
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), n=st.integers(1, 40))
 def test_points_are_new_plain_and_inside(seed, n):
@@ -287,6 +288,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real(tmp_path):
     killed, whole, written = outputs_and_lines(PROGRAM, 4, tmp_path)
     assert written < 13
@@ -295,6 +297,7 @@ def test_killed_for_real(tmp_path):
 
 # in parallel, and stopping early
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_jobs, backend", [(2, "loky"), (-1, "threading")])
 def test_parallel_trials_are_the_same_trials(n_jobs, backend):
     assert told(run(n_jobs=n_jobs, backend=backend)) == told(run())

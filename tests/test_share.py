@@ -273,6 +273,7 @@ def test_another_type_is_followed():
 
 # whole models
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("how", [
     dict(bits=8, embedding_bits=8),
@@ -290,6 +291,7 @@ def test_artifacts_answer_the_same(tmp_path, kind, how):
     if how["bits"] == 8: assert (small.logits(TEXTS) - before).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_the_same(tmp_path):
     shared = share_weights(tiny.classifier(), bits=3)
     models = {"float": shared, "int8": codebooks_to_int8(shared)}
@@ -349,6 +351,7 @@ def test_random_starts_differ_by_seed_alone():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_distillation_trains_the_codebooks(monkeypatch, tmp_path):
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
     teacher, task = tiny.classifier(seed=3), tiny.task(32)
@@ -366,6 +369,7 @@ def test_distillation_trains_the_codebooks(monkeypatch, tmp_path):
 
 # in int8
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
     "how", [dict(bits=2), dict(bits=4, group=32), dict(bits=5, embedding_bits=None, huffman=False)]
@@ -384,6 +388,7 @@ def test_a_quantized_model_keeps_its_codebooks(tmp_path, kind, how):
     assert sizes[0] < sizes[1] or "group" in how
 
 
+@pytest.mark.slow
 def test_trained_codebooks_are_kept_too(monkeypatch, tmp_path):
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
     teacher = tiny.classifier()

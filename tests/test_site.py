@@ -112,6 +112,7 @@ def requests(browser) -> list[str]:
     return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages())
 def test_page(site, browser, page):
     folder, address = site
@@ -137,11 +138,13 @@ def hrefs(browser, selector: str) -> list[str]:
     return browser.execute_script(f"return [...document.querySelectorAll('{selector}')].map(link => link.href)")
 
 
+@pytest.mark.slow
 def test_the_sidebar_shows_every_page(site, browser):
     browser.get(site[1])
     assert hrefs(browser, "#quarto-sidebar a.sidebar-link[href]") == [site[1] + page for page in pages()]
 
 
+@pytest.mark.slow
 def test_search_finds_temperature(site, browser):
     browser.get(site[1])
     browser.find_element(By.CSS_SELECTOR, ".smalldocs-search input, .aa-Input").send_keys("temperature")

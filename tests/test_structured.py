@@ -323,6 +323,7 @@ def test_first_token_drops_out_in_training_only():
 
 # saving
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process(tmp_path):
     everything = {
         "bert": prune_structured(

@@ -20,6 +20,7 @@ def checkpoint(tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_learns_the_task(checkpoint):
     task = tiny.task()
     learned = finetune(checkpoint, task, epochs=15, learning_rate=3e-3, batch_size=8)
@@ -33,6 +34,7 @@ def test_a_finished_training_is_not_repeated(checkpoint, monkeypatch):
     assert fingerprint(finetune(checkpoint, task, epochs=1)) == fingerprint(first)
 
 
+@pytest.mark.slow
 def test_a_training_need_not_be_cached(checkpoint, tmp_path):
     kept = fingerprint(finetune(checkpoint, tiny.task(), epochs=1))
     before = sorted(tmp_path.rglob("*"))
@@ -42,6 +44,7 @@ def test_a_training_need_not_be_cached(checkpoint, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(seed=1), dict(learning_rate=1e-4), dict(epochs=2), dict(weight_decay=0.5)])
 def test_every_argument_makes_another_training(checkpoint, change):
     task = tiny.task()
@@ -59,12 +62,14 @@ class Louder(TrainerCallback):
         for weight in model.parameters(): weight.data *= self.factor
 
 
+@pytest.mark.slow
 def test_every_callback_makes_another_training(checkpoint):
     def learned(*callbacks): return fingerprint(finetune(checkpoint, tiny.task(), epochs=1, callbacks=callbacks))
     assert len({learned(), learned(Louder(2.0)), learned(Louder(3.0))}) == 3
     assert learned(Louder(2.0)) == learned(Louder(2.0))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(checkpoint, monkeypatch, tmp_path):
     task = tiny.task()
     first = fingerprint(finetune(checkpoint, task, epochs=1, seed=3))
