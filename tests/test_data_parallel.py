@@ -130,8 +130,7 @@ def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     model = tiny.classifier(layers=2)
     model.model.config.update(dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    model.model.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.written(model, folder / "model")
     tiny.task(200).train.to_csv(folder / "shop.csv")
     return folder
 

@@ -162,8 +162,7 @@ def test_an_artifact_of_an_unknown_kind(tmp_path):
 
 def test_a_local_directory(tmp_path):
     lm = tiny.language_model()
-    lm.model.save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
+    tiny.written(lm, tmp_path)
     assert load_language_model(tmp_path).generate(TEXTS, 4) == lm.generate(TEXTS, 4)
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from ecomopt import DistillationTrainer, EcomoptError, distill, finetune, load_model, measure, quantize, save
@@ -28,13 +27,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A local directory of a BERT and its tokenizer."""
-    return written(tiny.classifier(), tmp_path / "model")
-
-
-def written(classifier, folder):
-    classifier.model.save_pretrained(folder)
-    classifier.tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.written(tiny.classifier(), tmp_path / "model")
 
 
 def edit(folder, **changes):
@@ -43,23 +36,17 @@ def edit(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def edit_weights(folder, change):
-    """Change the tensors."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
-
-
 # ---------------------------------------------------------------- weights
 
 @pytest.mark.parametrize("missing", ["encoder.layer.1.", "embeddings.word", "LayerNorm.weight", "classifier.bias"])
 def test_missing_weights_are_not_drawn(checkpoint, missing):
-    edit_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if missing not in k})
+    tiny.edit_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if missing not in k})
     with pytest.raises(EcomoptError, match="not in the checkpoint"): load_model(checkpoint, LABELS)
 
 
 @pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.scale", "bert.encoder.layer.9.output.dense.weight"])
 def test_weights_in_excess_are_not_ignored(checkpoint, name):
-    edit_weights(checkpoint, lambda tensors: tensors | {name: torch.ones(3)})
+    tiny.edit_weights(checkpoint, lambda tensors: tensors | {name: torch.ones(3)})
     with pytest.raises(EcomoptError, match="not part of the model"): load_model(checkpoint, LABELS)
 
 
@@ -88,7 +75,7 @@ def test_an_encoder_without_a_head_gets_one(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite(checkpoint, value):
-    edit_weights(checkpoint, lambda tensors: tensors | {"classifier.bias": torch.tensor([0.0, value])})
+    tiny.edit_weights(checkpoint, lambda tensors: tensors | {"classifier.bias": torch.tensor([0.0, value])})
     with pytest.raises(EcomoptError, match="not finite"): load_model(checkpoint, LABELS)
 
 
@@ -102,7 +89,7 @@ def test_logits_that_are_not_finite_are_no_answer():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_checkpoints_of_16_bits_are_trained_in_32(checkpoint, dtype):
-    edit_weights(checkpoint, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
+    tiny.edit_weights(checkpoint, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
     edit(checkpoint, dtype=str(dtype).removeprefix("torch."))
     learned = finetune(checkpoint, tiny.task(), epochs=1)
     assert {p.dtype for p in learned.model.parameters()} == {torch.float32}
@@ -119,7 +106,7 @@ def test_classes_are_aligned_by_name(checkpoint, labels):
 
 def test_three_classes_are_permuted(tmp_path):
     model = tiny.classifier(labels=("a", "b", "c"))
-    loaded = load_model(written(model, tmp_path), ("c", "a", "b"))
+    loaded = load_model(tiny.written(model, tmp_path), ("c", "a", "b"))
     assert torch.equal(loaded.logits(["good"]), model.logits(["good"])[:, [2, 0, 1]])
 
 

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -480,25 +479,17 @@ def test_bits_of_numpy_are_saved(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    lm = tiny.language_model()
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def edit_weights(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
+    return tiny.written(tiny.language_model(), tmp_path / "model")
 
 
 @pytest.mark.parametrize("missing", ["layers.1.", "embed_tokens", "model.norm", "layers.2.mlp.up_proj"])
 def test_missing_weights_are_not_drawn(checkpoint, missing):
-    edit_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if missing not in k})
+    tiny.edit_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if missing not in k})
     with pytest.raises(EcomoptError, match="not in the checkpoint"): load_language_model(checkpoint)
 
 
 def test_weights_that_the_model_has_not_are_refused(checkpoint):
-    edit_weights(checkpoint, lambda tensors: tensors | {"model.layers.9.mlp.up_proj.weight": torch.ones(96, 64)})
+    tiny.edit_weights(checkpoint, lambda tensors: tensors | {"model.layers.9.mlp.up_proj.weight": torch.ones(96, 64)})
     with pytest.raises(EcomoptError, match="not part of the model"): load_language_model(checkpoint)
 
 
@@ -508,7 +499,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, name, value):
     def change(tensors):
         tensors[name].flatten()[0] = value
         return tensors
-    edit_weights(checkpoint, change)
+    tiny.edit_weights(checkpoint, change)
     with pytest.raises(EcomoptError, match="not finite"): load_language_model(checkpoint)
 
 

@@ -681,10 +681,7 @@ LABELS = np.array(["bad", "good"])[tiny.task(40).train["label"][:]]
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """A tiny model in a directory."""
-    folder, classifier = tmp_path_factory.mktemp("tiny"), tiny.classifier(layers=1, hidden=32)
-    classifier.model.save_pretrained(folder)
-    classifier.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(tiny.written(tiny.classifier(layers=1, hidden=32), tmp_path_factory.mktemp("tiny")))
 
 
 def make(model: str = "none", **others) -> TransformerClassifier:

@@ -14,10 +14,7 @@ from ecomopt.core.train import finetune, fingerprint, load_model, training_argum
 def checkpoint(tmp_path, monkeypatch):
     """A local Hugging Face directory, and an empty cache."""
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path / "cache"))
-    model = tiny.classifier()
-    model.model.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return tiny.written(tiny.classifier(), tmp_path / "model")
 
 
 @pytest.mark.slow
@@ -130,8 +127,7 @@ def test_three_classes(checkpoint):
 
 def test_a_pruned_model_saved_without_its_shapes_is_refused(tmp_path):
     small = prune_structured(tiny.classifier(), heads=2)
-    small.model.save_pretrained(tmp_path)
-    small.tokenizer.save_pretrained(tmp_path)
+    tiny.written(small, tmp_path)
     with pytest.raises(EcomoptError, match="another shape"): load_model(tmp_path, small.labels)
 
 

@@ -1,6 +1,10 @@
 """Small random models, so that tests take milliseconds."""
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -92,3 +96,16 @@ def task(rows: int = 60, seed: int = 0) -> Task:
     splits = [Dataset.from_list([sentence(i) for i in range(n)]) for n in (rows, 20, 20)]
     transfer = Dataset.from_list([{"text": sentence(i)["text"], "domain": "synthetic"} for i in range(rows)])
     return Task("tiny", ("negative", "positive"), *splits, transfer)
+
+
+def written(model: Classifier | LanguageModel, folder: Path) -> Path:
+    """A Hugging Face directory of a model and its tokenizer."""
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Change the tensors of such a directory."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})

@@ -90,7 +90,7 @@ def checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
 
 def texts() -> list[str]:
     "Texts of many lengths."
-    return [text for text in tiny.task().train["text"]][:20] + ["good", "bad battery " * 15]
+    return tiny.task().train["text"][:20] + ["good", "bad battery " * 15]
 
 
 # ---------------------------------------------------------------- steps

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import EcomoptError
 from .prune import _Step
-from .quantize import _check_bits, _check_classifier
+from .quantize import _check_bits, _check_quantizable
 from .structured import PrunedLinear
 from ..core.train import Classifier
 
@@ -97,7 +97,7 @@ def prepare_qat(
 ) -> Classifier:             # a copy in float32 to be trained, and then given to `quantize`
     "Replace all linear layers by fake-quantized ones (Jacob et al. 2018; Zafrir et al. 2019)."
     _check_bits(bits)
-    _check_classifier(classifier, _STEP)
+    _check_quantizable(classifier, _STEP)
     student = replace(classifier, model=_STEP.copy(classifier.model))
     linears = [m for m in student.model.modules() if _STEP.knows(m, nn.Linear)]
     new = {m: fake_quant_linear(m, bits) for m in linears}

@@ -21,7 +21,7 @@ from .. import EcomoptError
 from .prune import _Step
 from .structured import FirstTokenLayer
 from ..core.artifact import Rebuildable
-from ..core.train import Classifier
+from ..core.train import Classifier, _check_classifier
 
 # %% ../../nbs/compress/23_quantize.ipynb #1872cf84
 def _check_bits(
@@ -381,14 +381,12 @@ def _matrix_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for p in own if p.dim() > 1)
 
 # %% ../../nbs/compress/23_quantize.ipynb #92e7d7ba
-def _check_classifier(
+def _check_quantizable(
     classifier: Classifier,  # to be quantized
     step: _Step = _STEP,     # the step to name
 ) -> None:
     "Refuse what is no classifier, is quantized already, or has few weights in `nn.Linear`."
-    if not isinstance(classifier, Classifier):
-        what = f"{type(classifier).__name__} is no classifier."
-        raise EcomoptError(what, "argument classifier", "Pass what finetune or load_model gives.")
+    _check_classifier(classifier, "classifier")
     step.check_order(classifier.model)
     modules = list(classifier.model.modules())
     linear = _matrix_parameters(m for m in modules if step.knows(m, nn.Linear))
@@ -418,7 +416,7 @@ def quantize(
     "Quantize linear layers and embeddings to integers (Jacob et al. 2018; Zafrir et al. 2019)."
     _check_bits(bits)
     _check_bits(embedding_bits, "argument embedding_bits")
-    _check_classifier(classifier)
+    _check_quantizable(classifier)
     model = _STEP.copy(classifier.model).cpu()
     if linear: model.requires_grad_(False)
     small = replace(classifier, model=model)

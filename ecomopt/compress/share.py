@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import EcomoptError
 from .prune import _Step
 from .quantize import Int8Linear, PackedModule, _check_bits, quantize
-from ..core.train import Classifier
+from ..core.train import Classifier, _check_classifier
 
 # %% ../../nbs/compress/24_share.ipynb #4f18541d
 def _check_init(init: str) -> None:
@@ -270,13 +270,6 @@ def _check(bits: int | None, embedding_bits: int | None, group: int | None, init
     _check_init(init)
 
 # %% ../../nbs/compress/24_share.ipynb #662b171e
-def _check_classifier(model: Classifier) -> None:
-    if not isinstance(model, Classifier):
-        name = type(model).__name__
-        todo = "Pass what finetune or load_model gives."
-        raise EcomoptError(f"{name} is no classifier.", "the first argument", todo)
-
-
 _STEP = _Step("share_weights", "share", *set(_Step.made_by.values()) - {"prepare_qat", "convert"})
 
 
@@ -330,7 +323,7 @@ def share_weights(
     seed: int = 0,                   # of "random"
 ) -> Classifier:                     # a copy, float32, evaluation mode; codebooks can be trained
     "Share weights through codebooks (Han, Mao and Dally 2016, section 3)."
-    _check_classifier(classifier)
+    _check_classifier(classifier, "classifier")
     _check(bits, embedding_bits, group, init)
     _STEP.check_order(classifier.model)
     plan = _plan(classifier.model, bits, embedding_bits, group)
@@ -385,7 +378,7 @@ def codebooks_to_int8(
     shared: Classifier,  # what `share_weights` gave, trained or not; it is left as it is
 ) -> Classifier:         # a copy on the CPU that computes the logits of `quantize(shared)`
     "Quantize a shared model to int8, and store it by its codebooks all the same."
-    _check_classifier(shared)
+    _check_classifier(shared, "shared")
     if not any(isinstance(module, SharedLinear) for module in shared.model.modules()):
         raise EcomoptError(
             "The model has no linear layers with shared weights.",

@@ -275,7 +275,7 @@ def _user_path(path: str | Path) -> Path:
     try: found = Path(path).expanduser()
     except (TypeError, RuntimeError): found = None
     if found and "\0" not in str(found): return found
-    raise EcomoptError(f"This is not a path: {path!r}.", "argument path", "Name a folder.")
+    raise EcomoptError(f"This is not a path: {path!r}.", "argument path", "Name a file or folder.")
 
 # %% ../../nbs/core/10_assets.ipynb #35c11258
 def cached(

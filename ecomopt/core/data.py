@@ -30,7 +30,7 @@ from scipy.sparse import coo_array, csgraph
 
 from .. import EcomoptError
 from . import checks
-from .assets import fetch
+from .assets import _user_path, fetch
 
 # %% ../../nbs/core/11_data.ipynb #e3718f27
 _SPLITS = ("train", "valid", "test", "transfer")
@@ -247,7 +247,7 @@ class Task:
     ) -> "Task":
         "Make a task of your own file; no group and no copy of a text crosses its splits."
         columns = _columns(text, label, group)
-        path = _path(path)
+        path = _user_path(path)
         rows = _rows(_read(path, list(dict.fromkeys(columns.values()))), columns, str(path))
         return _task(name or path.stem, rows, valid, test, seed, str(path), metric)
 
@@ -393,13 +393,6 @@ def _decode(path: Path) -> str:
     line = content.count(b"\n", 0, at) + 1
     what = f"The file is not UTF-8 text: line {line} has the byte {content[at]:#04x}."
     raise EcomoptError(what, str(path), do)
-
-
-def _path(path: str | Path) -> Path:
-    "A path with the user's home folder for ~."
-    try: return Path(path).expanduser()
-    except (TypeError, RuntimeError) as error: fault = str(error)
-    raise EcomoptError(f"path is {path!r}: {fault}.", "argument path", "Give the path of a file.")
 
 # %% ../../nbs/core/11_data.ipynb #7d614056
 def _records(file: io.StringIO, delimiter: str, where: str) -> Iterator[tuple[int, list[str]]]:

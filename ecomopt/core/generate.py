@@ -37,6 +37,7 @@ from ecomopt.core.pretrained import (
     _token_ids,
     _tokenizing,
 )
+from .train import _known_models
 
 # %% ../../nbs/core/15_generate.ipynb #ae0eefe3
 def _left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +216,7 @@ def load_language_model(
         raise EcomoptError(
             f"The model cannot be loaded: {_first_line(error)}",
             where,
-            f"Name an asset ({', '.join(ASSETS)}), a directory, a GGUF file or a hub id.",
+            f"Name one of {', '.join(_known_models())}, a directory, a GGUF file or a hub id.",
         ) from error
     return LanguageModel(model.eval(), tokenizer, max_length)
 

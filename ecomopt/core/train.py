@@ -27,7 +27,7 @@ from transformers import (
 
 from .. import EcomoptError
 from . import pretrained
-from .assets import ASSETS, cache_dir, cached, fetch
+from .assets import ASSETS, _user_path, cache_dir, cached, fetch
 from .checks import _first_line, _positive_number, _text_rows, _whole_number
 from .data import Task
 
@@ -85,7 +85,8 @@ class Classifier:
 def _check_classifier(classifier: object, argument: str) -> None:
     "Raise if something else was passed where a classifier belongs, such as its path."
     if isinstance(classifier, Classifier): return
-    what = f"{argument} is of type {type(classifier).__name__}, not a Classifier."
+    name = type(classifier).__name__
+    what = f"{argument} is no classifier: it is of type {name}, not a Classifier."
     do = "Pass what load_model, finetune or ecomopt.load(path) returned."
     raise EcomoptError(what, f"argument {argument}", do)
 
@@ -104,10 +105,10 @@ def _model_path(name: str | Path) -> str | Path:
         if not near or Path(name).is_dir(): return name
         what, do = f"There is no model {name!r}.", f"Did you mean {near[0]!r}?"
         raise EcomoptError(what, f"the assets: {', '.join(models)}", do)
-    if isinstance(name, (str, Path)) and Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    path = _user_path(name) if isinstance(name, (str, Path)) else None
+    if path and path.is_dir(): return path
     what = f"There is no directory {str(name)[:200]!r}."
-    if not isinstance(name, (str, Path)): what = f"A model has no name of {type(name).__name__}."
+    if path is None: what = f"A model has no name of {type(name).__name__}."
     do = f"Name an asset ({', '.join(models)}), a directory with safetensors, or a hub id."
     raise EcomoptError(what, "argument model", do)
 
@@ -358,8 +359,8 @@ def finetune(
         set_seed(args.seed)
         classifier = load_model(model, task.labels, max_length)
         weights = _class_weights(list(task.train["label"]), len(task.labels), class_weights)
-        callbacks = [*callbacks, *[_BestEpoch(classifier, task)][:select_best]]
-        result = _finetune(classifier, task, args, weights, callbacks, cache)
+        if select_best: callbacks = [*callbacks, _BestEpoch(classifier, task)]
+        result = _finetune(classifier, task, args, weights, list(callbacks), cache)
     _warn_unpredicted(result, task)
     return result
 
