@@ -178,10 +178,12 @@ def together(folder):
 def read(folder):
     "How often a model was loaded while others were saved, and how often it was none of them."
     save(models[0], folder / "model")
-    child, wrong, reads = start(lambda: save_again(folder / "model", 12, 0.03)), 0, 0
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
+    child, wrong, reads = start(lambda: save_again(folder / "model", 10_000, 0.03)), 0, 0
+    while reads < 20:
         wrong += fingerprint(load(folder / "model")) not in marks
         reads += 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     return wrong, reads
 
 def folder(name):
