@@ -660,6 +660,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ecomopt.core.artifact._Limited.__torch_dispatch__': ( 'core/artifact.html#_limited.__torch_dispatch__',
                                                                                               'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact._build': ('core/artifact.html#_build', 'ecomopt/core/artifact.py'),
+                                       'ecomopt.core.artifact._check_contents': ( 'core/artifact.html#_check_contents',
+                                                                                  'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact._check_directory': ( 'core/artifact.html#_check_directory',
                                                                                    'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact._check_hash': ('core/artifact.html#_check_hash', 'ecomopt/core/artifact.py'),

@@ -457,6 +457,17 @@ def _find(path: Path) -> Path:
     aside = _scratch_folders(path, "old")
     return aside[0] if aside else path
 
+# %% ../../nbs/core/13_artifact.ipynb #d35691fa
+def _check_contents(path: Path) -> None:
+    "Raise unless the entries of a directory are those of an artifact."
+    do = "Name a new directory, or an artifact to replace."
+    if not (path / _MANIFEST).exists():
+        raise EcomoptError("There is something else already.", str(path), do)
+    others = _others(path, _manifest(path)["files"])
+    if others:
+        what = f"There is a file {others[0]!r} that is not the artifact's; nothing was changed."
+        raise EcomoptError(what, str(path), "Move it elsewhere, or name a new directory.")
+
 # %% ../../nbs/core/13_artifact.ipynb #d6fbcc58
 def _replace(part: Path, path: Path) -> None:
     "Put a finished folder in its place; an earlier artifact there is removed."
@@ -472,14 +483,13 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    "Raise unless a directory is an artifact, with nothing else in it."
-    do = "Name a new directory, or an artifact to replace."
-    if not (path / _MANIFEST).exists():
-        raise EcomoptError("There is something else already.", str(path), do)
-    others = _others(path, _manifest(path)["files"])
-    if others:
-        what = f"There is a file {others[0]!r} that is not the artifact's; nothing was changed."
-        raise EcomoptError(what, str(path), "Move it elsewhere, or name a new directory.")
+    "Raise unless a directory is an artifact with nothing else in it; another process may move it."
+    for attempt in range(20):
+        before = _time_of_change(path)
+        if not os.path.lexists(path): return None
+        try: return _check_contents(path)
+        except (EcomoptError, OSError):
+            if _time_of_change(path) == before or attempt == 19: raise
 
 # %% ../../nbs/core/13_artifact.ipynb #c5b3fb64
 def _check_target(path: str | Path, size: int = 2**20) -> Path:
