@@ -1,7 +1,6 @@
 """The cache on bad disks: what is finished is used, what is damaged is made again, and each error names what helps."""
 import errno
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,13 +10,6 @@ import pytest
 from ecomopt import EcomoptError
 from ecomopt.core import assets
 from ecomopt.core.assets import _atomic_folder, _check_writable, _once, _scratch_folder, _user_path, cached
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_logged(monkeypatch):
-    """Other libraries switch loggers off for the whole process, and some tests use them."""
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
-    monkeypatch.setattr(logging.getLogger(assets.__name__), "disabled", False)
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ import tiny
 import torch
 
 from ecomopt import (
+    EcomoptError,
     calibrate,
     codebooks_to_int8,
     convert,
     convert_language_model,
+    load_model,
     prune,
     prune_structured,
     quantize,
@@ -28,6 +30,7 @@ from ecomopt import (
 )
 from ecomopt.accelerate import runtime
 from ecomopt.core.generate import losses
+from tools import architectures
 
 WORDS = tiny.WORDS
 TEXTS = [" ".join(WORDS[(i + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(32)]
@@ -161,10 +164,27 @@ def test_conversions_in_threads_leave_the_process_as_it_was(monkeypatch):
     """Output, logging and environment are the process's: to silence two conversions at once could silence it."""
     seconds = iter([0.05, 0.1, 0.2, 0.3])  # the first to begin ends first
     monkeypatch.setattr(runtime, "_make", lambda *arguments: time.sleep(next(seconds)))
-    def state(): return sys.stdout, logging.root.manager.disable, dict(os.environ), warnings.filters[:]
     before = state()
     in_threads(lambda _: convert(small(), "eager", "float32"), range(4))
     assert state() == before
+
+
+def state() -> list:
+    """What a process has once, and a converter may change."""
+    root = logging.root
+    return [sys.stdout, root.manager.disable, root.level, root.filters[:], root.handlers[:], dict(os.environ),
+            warnings.filters[:]]
+
+
+@pytest.mark.slow
+def test_a_conversion_that_fails_leaves_the_process_as_it_was(tmp_path, caplog):
+    """OpenVINO left the root logger at ERROR where it could not convert a model, and nobody's warnings were seen."""
+    model = load_model(architectures.checkpoint("GPT-2", tmp_path / "model"), architectures.LABELS, max_length=64)
+    before = state()
+    with pytest.raises(EcomoptError, match="openvino cannot"): convert(model, "openvino", "float32")
+    assert state() == before
+    logging.getLogger("a shop").warning("out of stock")
+    assert "out of stock" in caplog.text
 
 
 # ---------------------------------------------------------------- forks

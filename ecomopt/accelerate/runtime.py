@@ -487,7 +487,8 @@ def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]
 def _silenced() -> Iterator[None]:
     "Suppress progress bars, warnings and log messages of converters, and OpenVINO's telemetry."
     with _converting:
-        before = logging.root.manager.disable
+        root, disabled = logging.root, logging.root.manager.disable
+        before = root.level, root.filters[:], root.handlers[:]  # OpenVINO sets all three
         logging.disable(logging.WARNING)
         no_notebook = patch("rich.console._is_jupyter", return_value=False)
         try:
@@ -496,7 +497,8 @@ def _silenced() -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            logging.disable(before)
+            root.level, root.filters[:], root.handlers[:] = before
+            logging.disable(disabled)  # which also forgets what was enabled
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #2c83c01e
 def _with_timeout(
