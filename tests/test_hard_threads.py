@@ -292,5 +292,5 @@ def test_a_fork_of_a_process_that_computes_with_several_threads(kind, tmp_path):
     path = save(classifier(kind)[0], tmp_path / "model")
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", SEVERAL_THREADS, path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.stdout.strip().endswith("right"), done.stderr[-2000:]
