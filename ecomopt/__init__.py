@@ -36,6 +36,7 @@ _HOMES = {
     "core.measure": "Measurement compare measure",
     "core.generate": "LanguageModel load_language_model",
     "core.hardware": "describe_hardware",
+    "core.verdict": "Verdict noninferiority",
     "compress.distill": "DistillationTrainer distill",
     "compress.prune": "PruneCallback prune",
     "compress.structured": "prune_structured",
