@@ -50,6 +50,7 @@ _HOMES = {
     "tune.search": "GridSearch RandomSearch search",
     "tune.bayes": "Tuner",
     "tune.estimator": "TransformerClassifier",
+    "optimize.recipe": "Recipe",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

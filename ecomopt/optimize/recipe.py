@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['StepContext', 'Recipe', 'StepResult', 'RecipeResult']
 
-# %% ../../nbs/optimize/50_recipe.ipynb #8e5b244e
-import difflib
+# %% ../../nbs/optimize/50_recipe.ipynb #4be892df
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from ..compress.share import codebooks_to_int8, share_weights
 from ..compress.structured import prune_structured
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
+from ..core.checks import _whole_number
 from ..core.data import Task
 from ..core.measure import compare
-from ..core.steps import register_step, step_kind
+from ..core.steps import _unknown, register_step, step_kind
 from ..core.train import Classifier, finetune, fingerprint
 
-# %% ../../nbs/optimize/50_recipe.ipynb #339caa6a
+# %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
 @dataclass(frozen=True)
 class StepContext:
     "What a step may use besides the model."
@@ -49,7 +49,7 @@ def _texts(context: StepContext) -> list[str]:
 
 _FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert"  # nothing can be trained after
 
-# %% ../../nbs/optimize/50_recipe.ipynb #9ed9161a
+# %% ../../nbs/optimize/50_recipe.ipynb #d2e09ae9
 @register_step(
     "prune_structured",
     space={"layers": (1, 6), "neurons": (64, 1536), "heads": (1, 12), "vocabulary": [False, True]},
@@ -65,7 +65,7 @@ def _prune_structured(
     options = dict(texts=texts, first_token=first_token, importance=importance, task=task)
     return prune_structured(model, layers=layers, neurons=neurons, heads=heads, **options)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #1516d63b
+# %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
 @register_step(
     "distill",
     space={"augment": [0, 16_000], "epochs": (1, 4)},
@@ -83,7 +83,7 @@ def _distill(
     options |= dict(select_best=select_best, seed=context.seed)
     return distill(context.teacher, context.task, student, **options)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #34b71c07
+# %% ../../nbs/optimize/50_recipe.ipynb #f75c01cb
 @register_step("prune", space={"sparsity": (0.1, 0.9)}, cannot_follow=["share_weights", *_FINAL])
 def _prune(
     model, context, *, sparsity: float = 0.5, scope: str = "global", epochs: float = 0,
@@ -94,7 +94,7 @@ def _prune(
     gradually = [PruneCallback(sparsity, scope=scope)]
     return distill(context.teacher, context.task, model, callbacks=gradually, **options)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #cc34e1b6
+# %% ../../nbs/optimize/50_recipe.ipynb #5f59f940
 @register_step(
     "share_weights", space={"bits": (2, 8), "embedding_bits": (2, 8)}, cannot_follow=_FINAL
 )
@@ -106,7 +106,7 @@ def _share_weights(model, context, *, bits: int | None = 4, embedding_bits: int 
 @register_step("prepare_qat", space={"bits": (2, 8)}, cannot_follow=["share_weights", *_FINAL])
 def _prepare_qat(model, context, *, bits: int = 4): return prepare_qat(model, bits)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #821f9cc6
+# %% ../../nbs/optimize/50_recipe.ipynb #4e3b12f7
 @register_step("quantize", space={"embedding_bits": (4, 8)}, cannot_follow=_FINAL)
 def _quantize(model, context, *, embedding_bits: int = 8, bits: int = 8):
     return quantize(model, embedding_bits, bits=bits)
@@ -131,7 +131,7 @@ def _convert(model, context, *, runtime: str = "openvino", precision: str = "int
              timeout: float = 600):
     return convert(model, runtime, precision, context.task, timeout)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #88e57dc2
+# %% ../../nbs/optimize/50_recipe.ipynb #b9f29bbc
 def _step(given: object) -> tuple[str, dict]:
     "A step as name and options; it may be given as a name, or as {name: options}."
     if isinstance(given, str): return given, {}
@@ -155,7 +155,7 @@ def _check_order(names: list[str]) -> None:
             what = f"{name} must follow {' or '.join(sorted(kind.must_follow))}."
             raise EcomoptError(what, where, "Put that step before it.")
 
-# %% ../../nbs/optimize/50_recipe.ipynb #e7640dfa
+# %% ../../nbs/optimize/50_recipe.ipynb #e475aaea
 @dataclass(frozen=True)
 class Recipe:
     "A chain of optimization steps as plain data."
@@ -166,6 +166,7 @@ class Recipe:
         if isinstance(self.steps, (str, bytes, dict)) or not isinstance(self.steps, Iterable):
             do = "Give a list of steps; a file is read by Recipe.from_yaml."
             raise EcomoptError(f"{self.steps!r} is no list of steps.", "recipe", do)
+        _whole_number(self.seed, "seed", 0, 2**32 - 1)
         steps = [_step(given) for given in self.steps]
         for name, options in steps: step_kind(name).check(options)
         _check_order([name for name, _ in steps])
@@ -187,13 +188,27 @@ class Recipe:
             raise EcomoptError(what, str(source)[:99], do) from error
         data = data if isinstance(data, dict) else {"steps": data}
         for key in data.keys() - {"steps", "seed"}:
-            near = difflib.get_close_matches(str(key), ["steps", "seed"], n=1, cutoff=0)[0]
-            raise EcomoptError(f"There is no key {key!r}.", "recipe", f"Did you mean {near!r}?")
+            raise _unknown("key", key, ["steps", "seed"], "recipe")
         return cls(**{"steps": []} | data)
 
     def to_yaml(self) -> str:
         "The recipe as text that `from_yaml` reads."
         return yaml.safe_dump({"seed": self.seed, "steps": self.steps}, sort_keys=False)
+
+    def to_list(self) -> list[dict]:
+        "The recipe as a list, as artifacts hold it."
+        return [{"seed": self.seed}, *self.steps]
+
+    @classmethod
+    def from_list(
+        cls,
+        data: list[dict],  # the recipe of an artifact
+    ) -> "Recipe":
+        "The recipe again."
+        if isinstance(data, list) and data and isinstance(data[0], dict) and [*data[0]] == ["seed"]:
+            return cls(data[1:], data[0]["seed"])
+        do = "Give the recipe of an artifact that a recipe has made."
+        raise EcomoptError(f"{data!r:.99} has no seed first.", "Recipe.from_list", do)
 
     def run(
         self,
@@ -207,7 +222,7 @@ class Recipe:
         teacher = model if isinstance(model, Classifier) else finetune(model, task, seed=self.seed)
         return _run(self, StepContext(task, teacher, self.seed), measure, on_step, options)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #c8363bbe
+# %% ../../nbs/optimize/50_recipe.ipynb #a0f137bc
 @dataclass(frozen=True)
 class StepResult:
     "What one step made of the model before it."
@@ -232,7 +247,7 @@ def _apply(model: Classifier, name: str, options: dict, context: StepContext) ->
     folder = cached("step", key, build)
     return load(folder / "model"), json.loads((folder / "seconds.json").read_text())
 
-# %% ../../nbs/optimize/50_recipe.ipynb #c4ea8e5d
+# %% ../../nbs/optimize/50_recipe.ipynb #1d4a86e8
 def _gains(step: StepResult) -> dict:
     "A row of the table of a recipe's steps."
     options = ", ".join(f"{name}={value}" for name, value in step.options.items())
@@ -248,7 +263,7 @@ def _gains(step: StepResult) -> dict:
         "MB": round(after["disk_bytes"] / 1e6, 1),
     }
 
-# %% ../../nbs/optimize/50_recipe.ipynb #c2aec684
+# %% ../../nbs/optimize/50_recipe.ipynb #10b5a664
 def _run(
     recipe: Recipe, context: StepContext, measure: bool, on_step: Callable | None, effort: dict
 ) -> "RecipeResult":
@@ -265,7 +280,7 @@ def _run(
         model = made
     return RecipeResult(recipe, model, done)
 
-# %% ../../nbs/optimize/50_recipe.ipynb #caa1e8c9
+# %% ../../nbs/optimize/50_recipe.ipynb #1440b9b4
 @dataclass(frozen=True)
 class RecipeResult:
     "A recipe that was run: the model, and what each step brought."
@@ -285,5 +300,4 @@ class RecipeResult:
     ) -> Path:
         "Save the model with the recipe and all measurements."
         measured = [{"step": s.name, "seconds": s.seconds, **s.measurements} for s in self.steps]
-        recipe = [{"seed": self.recipe.seed}, *self.recipe.steps]
-        return save(self.model, path, recipe, measured)
+        return save(self.model, path, self.recipe.to_list(), measured)
