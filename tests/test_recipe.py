@@ -98,8 +98,11 @@ def test_yaml_that_is_refused(text, message):
     with pytest.raises(EcomoptError, match=message): Recipe.from_yaml(text)
 
 
-plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3))
+words = st.text(max_size=9) | st.sampled_from(["quantize", "distill", "epochs", "prune"])
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+)
 
 
 @given(plain)
