@@ -1021,6 +1021,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ecomopt.core.verdict._bootstrap_bounds': ( 'core/verdict.html#_bootstrap_bounds',
                                                                                   'ecomopt/core/verdict.py'),
                                       'ecomopt.core.verdict._class_arrays': ('core/verdict.html#_class_arrays', 'ecomopt/core/verdict.py'),
+                                      'ecomopt.core.verdict._fraction': ('core/verdict.html#_fraction', 'ecomopt/core/verdict.py'),
                                       'ecomopt.core.verdict._needed': ('core/verdict.html#_needed', 'ecomopt/core/verdict.py'),
                                       'ecomopt.core.verdict._smallest': ('core/verdict.html#_smallest', 'ecomopt/core/verdict.py'),
                                       'ecomopt.core.verdict.drop_bound': ('core/verdict.html#drop_bound', 'ecomopt/core/verdict.py'),

@@ -84,6 +84,12 @@ def test_the_bound_solves_the_quadratic_where_nothing_was_gained():
         assert abs(drop_bound(lost, 0, n) - wilson) < (0.75 + z**2 / 4) / n
 
 
+@pytest.mark.filterwarnings("error")
+def test_all_lost_and_all_gained():
+    assert drop_bound(10, 0, 10) == 1 and -1 < drop_bound(0, 10, 10) < -0.4
+    assert noninferiority_test(*answers(10, 0, 10), 0.4).outcome == "not met"
+
+
 def test_many_sentences_make_the_bound_wald_s():
     drop, q, n = 0.01, 0.06, 10**6
     wald = drop + norm.ppf(0.95) * math.sqrt((q - drop**2) / n)
@@ -205,7 +211,8 @@ def test_disagreement_bounds_no_other_metric():
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(margin=0), dict(margin="1"), dict(margin=None), dict(metric="acuracy"), dict(metric=None),
+    dict(margin=0), dict(margin=1), dict(margin="1"), dict(confidence=1.5), dict(confidence=0),
+    dict(margin=None), dict(metric="acuracy"), dict(metric=None),
     dict(first=[0, 1]), dict(first=[0.0, 1.0, 1.0]), dict(first=[[0], [1], [1]]), dict(actual=[]),
 ])
 def test_what_is_refused(wrong):

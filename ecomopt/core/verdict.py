@@ -33,6 +33,7 @@ def drop_bound(
         p = (np.sqrt(b**2 + 8 * n * gained * claim * (1 - claim)) - b) / (4 * n)
         return (lost - gained + 0.5 - n * claim) / np.sqrt(n * (2 * p + claim * (1 - claim)))
 
+    if lost >= n: return 1.0
     z, low, high = norm.ppf(confidence), (lost - gained) / n, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -47,10 +48,10 @@ class Verdict:
     sentences: int          # labelled ones that both answered
     margin: float           # the drop that is allowed, fraction
     drop: float             # the teacher's score minus the model's, fraction
-    lower: float            # with 95 % confidence the drop is at least this
+    lower: float            # with 95 % confidence (or more) the drop is at least this
     upper: float            # with 95 % confidence the drop is at most this
     disagreement: float     # fraction of the sentences to which they give different labels
-    decided_by: int | None  # sentences that would decide, all else equal; None: no number would
+    decided_by: int | None  # labelled sentences that would decide, all else equal; None: no number
 
     @property
     def outcome(self) -> str:  # "met", "not met" or "not resolvable with n = …"
@@ -97,15 +98,15 @@ def _bootstrap_bounds(
     metric: str | Callable, first: np.ndarray, second: np.ndarray, actual: np.ndarray,
     confidence: float, seed: int,
 ) -> tuple[float, float]:
-    "Bounds of the drop in any metric: paired bootstrap with two made-up sentences."
+    "Bounds of the drop in any metric: paired bootstrap with two pseudo-observations."
     classes = np.unique(np.concatenate([actual, first, second]))
     rng, bounds = np.random.default_rng(seed), []
     answers, counts = np.unique(np.stack([actual, first, second]), axis=1, return_counts=True)
     weights = np.append(counts, np.full(len(classes), 2 / len(classes)))
     for right, q in ((2, 1 - confidence), (1, confidence)):  # gained, then lost
-        made_up = np.stack([classes, np.roll(classes, 1), np.roll(classes, 1)])
-        made_up[right] = classes
-        rows = np.concatenate([answers, made_up], axis=1)
+        pseudo = np.stack([classes, np.roll(classes, 1), np.roll(classes, 1)])
+        pseudo[right] = classes
+        rows = np.concatenate([answers, pseudo], axis=1)
         draws = rng.multinomial(len(actual), weights / weights.sum(), size=2000)
         drawn = (np.repeat(rows, draw, axis=1) for draw in draws)
         drops = [_evaluate(metric, a, t) - _evaluate(metric, a, m) for a, t, m in drawn]
@@ -113,6 +114,13 @@ def _bootstrap_bounds(
     return tuple(bounds)
 
 # %% ../../nbs/core/17_verdict.ipynb #4497fca0
+def _fraction(value: float, name: str) -> None:
+    "Raise unless a number is between 0 and 1."
+    if _positive_number(value, name) < 1: return
+    do = "Give a fraction between 0 and 1; 0.01 is one point."
+    raise EcomoptError(f"{name} is {value!r}.", f"argument {name}", do)
+
+# %% ../../nbs/core/17_verdict.ipynb #e1d6f23e
 def _class_arrays(*labels: Sequence[int]) -> list[np.ndarray]:
     "Class numbers as arrays; raises unless they belong to the same sentences."
     arrays = [np.asarray(numbers) for numbers in labels]
@@ -134,7 +142,7 @@ def noninferiority_test(
     seed: int = 0,                     # of the bootstrap, for metrics other than accuracy
 ) -> Verdict:
     "Test whether a model is non-inferior to its teacher on labelled sentences."
-    margin = _positive_number(margin, "margin")
+    for value, name in ((margin, "margin"), (confidence, "confidence")): _fraction(value, name)
     _check_metric(metric)
     first, second, actual = _class_arrays(first, second, actual)
     n, was, now = len(actual), first == actual, second == actual
