@@ -86,6 +86,9 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.core.train import Classifier as Classifier
     from ecomopt.core.train import finetune as finetune
     from ecomopt.core.train import load_model as load_model
+    from ecomopt.core.verdict import Verdict as Verdict
+    from ecomopt.core.verdict import noninferiority as noninferiority
+    from ecomopt.optimize.recipe import Recipe as Recipe
     from ecomopt.tune.bayes import Tuner as Tuner
     from ecomopt.tune.estimator import TransformerClassifier as TransformerClassifier
     from ecomopt.tune.search import GridSearch as GridSearch
