@@ -36,6 +36,7 @@ _HOMES = {
     "core.measure": "Measurement compare measure",
     "core.generate": "LanguageModel load_language_model",
     "core.hardware": "describe_hardware",
+    "core.verdict": "Verdict noninferiority",
     "compress.distill": "DistillationTrainer distill",
     "compress.prune": "PruneCallback prune",
     "compress.structured": "prune_structured",
@@ -49,6 +50,7 @@ _HOMES = {
     "tune.search": "GridSearch RandomSearch search",
     "tune.bayes": "Tuner",
     "tune.estimator": "TransformerClassifier",
+    "optimize.recipe": "Recipe",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -84,6 +86,9 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.core.train import Classifier as Classifier
     from ecomopt.core.train import finetune as finetune
     from ecomopt.core.train import load_model as load_model
+    from ecomopt.core.verdict import Verdict as Verdict
+    from ecomopt.core.verdict import noninferiority as noninferiority
+    from ecomopt.optimize.recipe import Recipe as Recipe
     from ecomopt.tune.bayes import Tuner as Tuner
     from ecomopt.tune.estimator import TransformerClassifier as TransformerClassifier
     from ecomopt.tune.search import GridSearch as GridSearch
