@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -14,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecomopt import EcomoptError, Recipe, load
+from ecomopt.compress.distill import keep_layers
 from ecomopt.core.steps import _KINDS, StepKind, register_step, step_kind, step_kinds
 from ecomopt.core.train import fingerprint
 
+STEPS = [{"prune_structured": {"layers": 2}}, {"distill": {"epochs": 1}}, "quantize"]
 QUICK = dict(repeats=1, calls=2, threads=1, memory=False)
 
 
@@ -47,7 +50,7 @@ WAYS = [
     [{"quantize": None}],
     [("quantize", {"embedding_bits": 4})],
     [{"prune_structured": {"layers": 2, "vocabulary": True}}, {"distill": {"epochs": 0.5}}, "quantize", "calibrate"],
-    [{"share_weights": {"bits": None, "group": None}}, "distill", "codebooks_to_int8"],
+    [{"share_weights": {"embedding_bits": None, "group": None}}, "distill", "codebooks_to_int8"],
     [],
 ]
 
@@ -69,6 +72,15 @@ def test_yaml_and_python_are_the_same(steps, tmp_path):
     ([{"distill": {"augment": 0.5}}], "Give a whole number"),
     ([{"prune_structured": {"layers": "3"}}], "whole number or nothing"),
     ([{"prune_structured": {"vocabulary": 1}}], "true or false"),
+    ([{"distill": {"epochs": float("nan")}}], "Give a number"),
+    ([{"distill": {"epochs": 10**400}}], "Give a number"),
+    ([{"quantize": {"bits": 9}}], "2 or 3"),
+    ([{"prune_structured": {"importance": "taylr"}}], "'taylor'"),
+    ([{"quantize": False}], "no step"), ([{"quantize": 0}], "no step"), ([{"quantize": ""}], "no step"),
+    ([[[], None]], "no step"), ([{"quantize", "distill"}], "no step"),
+    (["prepare_qat", "share_weights"], "cannot follow prepare_qat"),
+    (["share_weights", "share_weights"], "cannot follow share_weights"),
+    (["prepare_qat", "prepare_qat"], "cannot follow prepare_qat"),
     (["quantize", "distill"], "distill cannot follow quantize"),
     (["prune", "distill"], "distill cannot follow prune"),
     (["share_weights", "prune_structured"], "cannot follow share_weights"),
@@ -93,12 +105,37 @@ def test_what_is_refused_before_any_work(steps, message):
     ("steps: quantize\nseed: 1\n", "no list"),
     ("5\n", "no list"),
     ("missing.yaml", "cannot be read"),
+    ("seed: 1\nseed: 2\nsteps: []\n", "given twice"),
+    ("- distill: {epochs: 1, epochs: 2}\n", "given twice"),
+    ("- 2024-13-45\n", "cannot be read"),
+    ("- !!bool x\n", "cannot be read"),
+    ("[" * 3000 + "\n", "cannot be read"),
+    ("steps: []\nseed: -1\n", "seed"),
 ])
 def test_yaml_that_is_refused(text, message):
     with pytest.raises(EcomoptError, match=message): Recipe.from_yaml(text)
 
 
 words = st.text(max_size=9) | st.sampled_from(["quantize", "distill", "epochs", "prune"])
+def test_numbers_as_people_write_them():
+    read = Recipe.from_yaml("- distill: {learning_rate: 1e-4, epochs: 2}\n")
+    assert read == Recipe([{"distill": {"learning_rate": 1e-4, "epochs": 2.0}}])
+    assert type(read.steps[0]["distill"]["epochs"]) is float
+
+
+def test_numbers_of_numpy():
+    recipe = Recipe([{"prune_structured": {"layers": np.int64(2), "vocabulary": np.bool_(True)}},
+                     {"distill": {"epochs": np.float64(0.5)}}], seed=np.int64(1))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert [type(v) for v in recipe.steps[0]["prune_structured"].values()] == [int, bool] and type(recipe.seed) is int
+
+
+def test_a_list_of_a_recipe_can_be_changed_without_changing_the_recipe():
+    recipe = Recipe(STEPS)
+    recipe.to_list()[2]["distill"]["epochs"] = "x"
+    assert recipe == Recipe(STEPS)
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
@@ -139,6 +176,33 @@ def test_a_kind_of_a_user_joins(monkeypatch):
     with pytest.raises(EcomoptError, match="keep cannot follow keep"): Recipe(["keep", "keep"])
     with pytest.raises(EcomoptError, match="no option"):
         register_step("other", space={"time": (1, 3)})(keep)
+    with pytest.raises(EcomoptError, match="another step"): register_step("quantize")(keep)
+    def untyped(model, context, *, times=1): return model
+    def without(model, context, *, times: int): return model
+    def odd(model, context, *, times: list = ()): return model
+    for function in (untyped, without, odd):
+        with pytest.raises(EcomoptError, match="no type or no default"): register_step("odd")(function)
+
+
+def test_the_code_of_a_users_step_counts(monkeypatch):
+    monkeypatch.setattr("ecomopt.core.steps._KINDS", dict(_KINDS))
+    task, teacher = tiny.task(), tiny.classifier(layers=2)
+    def keep(model, context): return model
+    register_step("mine")(keep)
+    assert fingerprint(Recipe(["mine"]).run(task, teacher, measure=False).model) == fingerprint(teacher)
+    def keep(model, context): return keep_layers(model, 1)
+    register_step("mine")(keep)
+    assert fingerprint(Recipe(["mine"]).run(task, teacher, measure=False).model) != fingerprint(teacher)
+
+
+def test_a_step_that_changes_its_input_is_refused(monkeypatch):
+    monkeypatch.setattr("ecomopt.core.steps._KINDS", dict(_KINDS))
+    @register_step("spoil")
+    def spoil(model, context):
+        model.model.classifier.bias.data += 1
+        return model
+    with pytest.raises(EcomoptError, match="changed the model"):
+        Recipe(["spoil"]).run(tiny.task(), tiny.classifier(), measure=False)
 
 
 def test_an_unknown_kind_is_named():
@@ -146,9 +210,6 @@ def test_an_unknown_kind_is_named():
 
 
 # runs
-
-STEPS = [{"prune_structured": {"layers": 2}}, {"distill": {"epochs": 1}}, "quantize"]
-
 
 def test_a_second_run_computes_nothing_and_gives_the_same(counted):
     task, teacher = tiny.task(), tiny.classifier()
@@ -175,6 +236,42 @@ def test_what_a_result_depends_on(counted, changed, computed):
     counted.clear()
     run(**changed)
     assert counted.keys() == computed
+
+
+def test_options_as_they_are_applied_are_the_key(counted):
+    task, teacher = tiny.task(), tiny.classifier()
+    for step in ("quantize", {"quantize": {"embedding_bits": 8}}): Recipe([step]).run(task, teacher, measure=False)
+    for epochs in (1, 1.0): Recipe([{"distill": {"epochs": epochs}}]).run(task, teacher, measure=False)
+    assert counted == {"quantize": 1, "distill": 1}
+
+
+def test_measurements_are_found_again(counted, monkeypatch):
+    task, teacher = tiny.task(), tiny.classifier()
+    first = Recipe(STEPS[:1]).run(task, teacher, **QUICK)
+    monkeypatch.setattr("ecomopt.optimize.recipe.compare", None)
+    assert Recipe(STEPS[:1]).run(task, teacher, **QUICK).steps[0].measurements == first.steps[0].measurements
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(repeat=1), "Did you mean 'repeats'"), (dict(split="test"), "no option"), (dict(repeats=0), "repeats"),
+    (dict(measure=False, repeats=1), "no option"), (dict(task="reviews"), "task"),
+])
+def test_arguments_are_checked_before_the_first_step(counted, wrong, message):
+    with pytest.raises(EcomoptError, match=message):
+        Recipe(STEPS).run(**dict(task=tiny.task(), model=tiny.classifier()) | wrong)
+    assert not counted
+
+
+def test_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EcomoptError, match="one process"): Recipe([]).run(tiny.task(), tiny.classifier())
+
+
+def test_the_seed_is_that_of_random_importance():
+    task, teacher = tiny.task(), tiny.classifier()
+    steps = [{"prune_structured": {"neurons": 8, "importance": "random"}}]
+    marks = {fingerprint(Recipe(steps, seed).run(task, teacher, measure=False).model) for seed in range(3)}
+    assert len(marks) == 3
 
 
 def test_a_failed_step_is_tried_again(counted, monkeypatch):

@@ -9,10 +9,12 @@ __all__ = ['StepKind', 'register_step', 'step_kinds', 'step_kind']
 import difflib
 import importlib
 import inspect
+import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import get_args, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from .. import EcomoptError
 
@@ -21,35 +23,48 @@ def _unknown(what: str, name: object, known: Iterable[str], where: str) -> Ecomo
     "The error for a name that is not known, with the nearest one."
     near = difflib.get_close_matches(str(name), list(known), n=1)
     do = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(known) or 'none'}."
-    return EcomoptError(f"There is no {what} {name!r}.", where, do)
+    return EcomoptError(f"There is no {what} {reprlib.repr(name)}.", where, do)
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-          NoneType: "nothing"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string",
+          NoneType: "null (None)"}
 
 
-def _kinds(annotation: object) -> tuple[type, ...]:
-    "The types of an annotation."
-    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+def _kinds(annotation: object) -> tuple:
+    "What an annotation allows: types and `Literal`s."
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+# %% ../../nbs/core/05_steps.ipynb #28369cad
+def _described(annotation: object) -> str:
+    "What an annotation allows, in words."
+    literals = (kind for kind in _kinds(annotation) if get_origin(kind) is Literal)
+    choices = [f"{choice!r}" for kind in literals for choice in get_args(kind)]
+    return " or ".join(choices + [_TYPES[kind] for kind in _kinds(annotation) if kind in _TYPES])
 
 
-def _has_type(value: object, annotation: object) -> bool:
-    "Whether plain data are of an annotated type; whole numbers are numbers, truth values not."
-    kinds = _kinds(annotation)
-    if isinstance(value, bool): return bool in kinds
-    if isinstance(value, int) and float in kinds: return True
-    return any(isinstance(value, kind) for kind in kinds)
+def _converted(value: object, annotation: object) -> object:
+    "A value as plain data of an annotated type; a ValueError if it is none."
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): value = value.item()
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            if any(value is choice or (type(value), value) == (type(choice), choice)
+                   for choice in get_args(kind)): return value
+        elif kind is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        elif type(value) is kind is not float: return value
+    raise ValueError(value)
 
 # %% ../../nbs/core/05_steps.ipynb #10a344c4
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepKind:
-    "What a step of a recipe does, its options, and what it must not follow."
+    "What a step of a recipe does, its options, and what it can follow."
     name: str                                  # as recipes call it
     apply: Callable                            # f(model, context, *, option=default, …) -> model
     space: dict = field(default_factory=dict)  # option → range or list of categories, for a search
     cannot_follow: frozenset[str] = frozenset()  # names of kinds that may not come before it
     must_follow: frozenset[str] = frozenset()  # kinds of which one has to come before it, if any
-    trains: bool = False                       # takes minutes, and needs the task
+    trains: bool = False                       # improves the quality, changes no cost
+    packages: tuple[str, ...] = ()             # whose versions change the result
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -60,35 +75,51 @@ class StepKind:
     def check(
         self,
         options: dict[str, object],  # as a recipe gives them
-    ) -> None:
+    ) -> dict[str, object]:          # the same as plain data, a whole number for a number as float
         "Raise for an option that the step does not have, or that has another type."
-        types = get_type_hints(self.apply)
+        types, checked, where = get_type_hints(self.apply), {}, f"step {self.name!r}"
         for name, value in options.items():
-            if name not in self.defaults:
-                raise _unknown("option", name, self.defaults, f"step {self.name!r}")
-            if _has_type(value, types[name]): continue
-            kinds = " or ".join(_TYPES[kind] for kind in _kinds(types[name]))
-            raise EcomoptError(f"{name} is {value!r}.", f"step {self.name!r}", f"Give {kinds}.")
+            if name not in self.defaults: raise _unknown("option", name, self.defaults, where)
+            try: checked[name] = _converted(value, types[name])
+            except (ValueError, OverflowError):
+                do = f"Give {_described(types[name])}."
+                raise EcomoptError(f"{name} is {reprlib.repr(value)}.", where, do) from None
+        return checked
 
 # %% ../../nbs/core/05_steps.ipynb #cdccd11a
 _MODULES = "optimize.recipe",  # they register steps when they are imported
 _KINDS: dict[str, StepKind] = {}
 
 
+def _check_kind(kind: StepKind) -> None:
+    "Raise for options that a recipe cannot hold, and for a name that is taken."
+    types, where = get_type_hints(kind.apply), f"step {kind.name!r}"
+    for name, default in kind.defaults.items():
+        known = all(k in _TYPES or get_origin(k) is Literal for k in _kinds(types.get(name)))
+        if known and default is not inspect.Parameter.empty: continue
+        do = "Annotate it with int, float, bool, str, None or Literal, and give it a default."
+        raise EcomoptError(f"The option {name!r} has no type or no default.", where, do)
+    for name in kind.space:
+        if name not in kind.defaults: raise _unknown("option", name, kind.defaults, where)
+    old = _KINDS.get(kind.name, kind)
+    if old.apply.__qualname__ == kind.apply.__qualname__: return
+    raise EcomoptError("There is another step of this name.", where, "Choose another name.")
+
+# %% ../../nbs/core/05_steps.ipynb #d8a846ad
 def register_step(
-    name: str,                        # as recipes will call it
+    name: str,                          # as recipes will call it
     *,
-    space: dict | None = None,        # option → range or list of categories, for a search
+    space: dict | None = None,          # option → range or list of categories, for a search
     cannot_follow: Iterable[str] = (),  # names of kinds that may not come before it
-    must_follow: Iterable[str] = (),  # one of these has to come before it, if there are any
-    trains: bool = False,             # takes minutes, and needs the task
-) -> Callable:                        # decorates f(model, context, *, option=default, …) -> model
+    must_follow: Iterable[str] = (),    # one of these has to come before it, if there are any
+    trains: bool = False,               # improves the quality, changes no cost
+    packages: Iterable[str] = (),       # whose versions change the result
+) -> Callable:                          # decorates f(model, context, *, option=default, …) -> model
     "Make a function a kind of step."
     def register(apply: Callable) -> Callable:
         before = frozenset(cannot_follow), frozenset(must_follow)
-        kind = StepKind(name, apply, space or {}, *before, trains)
-        for option in kind.space:
-            if option not in kind.defaults: raise _unknown("option", option, kind.defaults, name)
+        kind = StepKind(name, apply, space or {}, *before, trains, tuple(packages))
+        _check_kind(kind)
         _KINDS[name] = kind
         return apply
     return register

@@ -6,19 +6,30 @@
 __all__ = ['StepContext', 'Recipe', 'StepResult', 'RecipeResult']
 
 # %% ../../nbs/optimize/50_recipe.ipynb #4be892df
+import copy
+import inspect
 import json
-from collections.abc import Callable, Iterable
+import os
+import platform
+import random
+import re
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import pandas as pd
 import yaml
+from datasets.fingerprint import Hasher
 
+# %% ../../nbs/optimize/50_recipe.ipynb #5e65f30a
 from .. import EcomoptError
 from ..accelerate.runtime import convert
 from ..compress.calibrate import calibrate
-from ..compress.distill import distill
+from ..compress.distill import distill, keep_layers
 from ..compress.prune import PruneCallback, prune
 from ..compress.qat import prepare_qat
 from ..compress.quantize import quantize
@@ -26,11 +37,11 @@ from ..compress.share import codebooks_to_int8, share_weights
 from ..compress.structured import prune_structured
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
-from ..core.checks import _whole_number
+from ..core.checks import _first_line, _whole_number
 from ..core.data import Task
-from ..core.measure import compare
+from ..core.measure import _check, compare
 from ..core.steps import _unknown, register_step, step_kind
-from ..core.train import Classifier, finetune, fingerprint
+from ..core.train import Classifier, finetune, fingerprint, supports_bfloat16
 
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
 @dataclass(frozen=True)
@@ -48,22 +59,25 @@ def _texts(context: StepContext) -> list[str]:
 
 
 _FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert"  # nothing can be trained after
+_Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 
 # %% ../../nbs/optimize/50_recipe.ipynb #d2e09ae9
 @register_step(
     "prune_structured",
     space={"layers": (1, 6), "neurons": (64, 1536), "heads": (1, 12), "vocabulary": [False, True]},
     cannot_follow=["prune", "share_weights", "prepare_qat", *_FINAL],
+    packages=["tokenizers"],
 )
 def _prune_structured(
     model, context, *, layers: int | None = None, neurons: int | None = None,
     heads: int | None = None, vocabulary: bool = False, first_token: bool = False,
-    importance: str = "magnitude",
+    importance: Literal["magnitude", "taylor", "random"] = "magnitude",
 ):
     texts = _texts(context) if vocabulary else None
     task = context.task if importance == "taylor" else None
     options = dict(texts=texts, first_token=first_token, importance=importance, task=task)
-    return prune_structured(model, layers=layers, neurons=neurons, heads=heads, **options)
+    sizes = dict(layers=layers, neurons=neurons, heads=heads)
+    return prune_structured(model, **sizes, **options, seed=context.seed)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
 @register_step(
@@ -73,21 +87,25 @@ def _prune_structured(
     trains=True,
 )
 def _distill(
-    model, context, *, layers: int | None = None, augment: int = 0, epochs: float = 1,
+    model, context, *, layers: int | None = None, augment: int = 0, epochs: float = 1.0,
     learning_rate: float = 1e-4, batch_size: int = 16, temperature: float = 2.0, alpha: float = 0.9,
     select_best: bool = False,
 ):
-    student = prune_structured(model, layers=layers) if layers else model
+    student = model if layers is None else keep_layers(model, layers)
     options = dict(augment=augment, epochs=epochs, learning_rate=learning_rate)
     options |= dict(batch_size=batch_size, temperature=temperature, alpha=alpha)
     options |= dict(select_best=select_best, seed=context.seed)
     return distill(context.teacher, context.task, student, **options)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #f75c01cb
-@register_step("prune", space={"sparsity": (0.1, 0.9)}, cannot_follow=["share_weights", *_FINAL])
+@register_step(
+    "prune",
+    space={"sparsity": (0.1, 0.9)},
+    cannot_follow=["prune", "share_weights", *_FINAL],
+)
 def _prune(
-    model, context, *, sparsity: float = 0.5, scope: str = "global", epochs: float = 0,
-    learning_rate: float = 1e-4,
+    model, context, *, sparsity: float = 0.5, scope: Literal["global", "local"] = "global",
+    epochs: float = 0.0, learning_rate: float = 1e-4,
 ):
     if not epochs: return prune(model, sparsity, scope, seed=context.seed)
     options = dict(epochs=epochs, learning_rate=learning_rate, seed=context.seed)
@@ -96,19 +114,27 @@ def _prune(
 
 # %% ../../nbs/optimize/50_recipe.ipynb #5f59f940
 @register_step(
-    "share_weights", space={"bits": (2, 8), "embedding_bits": (2, 8)}, cannot_follow=_FINAL
+    "share_weights",
+    space={"bits": (2, 8), "embedding_bits": (2, 8)},
+    cannot_follow=["prepare_qat", "share_weights", *_FINAL],
 )
-def _share_weights(model, context, *, bits: int | None = 4, embedding_bits: int | None = 4,
-                   group: int | None = None):
+def _share_weights(
+    model, context, *, bits: _Bits | None = 4, embedding_bits: _Bits | None = 4,
+    group: int | None = None,
+):
     return share_weights(model, bits, embedding_bits, group, seed=context.seed)
 
 
-@register_step("prepare_qat", space={"bits": (2, 8)}, cannot_follow=["share_weights", *_FINAL])
-def _prepare_qat(model, context, *, bits: int = 4): return prepare_qat(model, bits)
+@register_step(
+    "prepare_qat",
+    space={"bits": (2, 8)},
+    cannot_follow=["prepare_qat", "share_weights", *_FINAL],
+)
+def _prepare_qat(model, context, *, bits: _Bits = 4): return prepare_qat(model, bits)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #4e3b12f7
 @register_step("quantize", space={"embedding_bits": (4, 8)}, cannot_follow=_FINAL)
-def _quantize(model, context, *, embedding_bits: int = 8, bits: int = 8):
+def _quantize(model, context, *, embedding_bits: _Bits = 8, bits: _Bits = 8):
     return quantize(model, embedding_bits, bits=bits)
 
 
@@ -116,31 +142,45 @@ def _quantize(model, context, *, embedding_bits: int = 8, bits: int = 8):
 def _codebooks_to_int8(model, context): return codebooks_to_int8(model)
 
 
-@register_step("calibrate", space={"texts": (16, 256)}, cannot_follow=["calibrate", "convert"],
-               must_follow=["quantize"])
-def _calibrate(model, context, *, texts: int = 128, method: str = "mse"):
-    return calibrate(model, _texts(context)[:texts], method)
+@register_step(
+    "calibrate",
+    space={"texts": (16, 256)},
+    cannot_follow=["calibrate", "codebooks_to_int8", "convert"],
+    must_follow=["quantize"],
+)
+def _calibrate(
+    model, context, *, texts: int = 128,
+    method: Literal["minmax", "percentile", "mse"] = "mse",
+):
+    rows = _texts(context)
+    n = _whole_number(texts, "texts", 1)
+    return calibrate(model, random.Random(context.seed).sample(rows, min(n, len(rows))), method)
 
-
+# %% ../../nbs/optimize/50_recipe.ipynb #e83c58be
 @register_step(
     "convert",
     space={"runtime": ["sdpa", "onnxruntime", "openvino"], "precision": ["float32", "int8"]},
     cannot_follow=["share_weights", "prepare_qat", *_FINAL],
+    packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
 )
-def _convert(model, context, *, runtime: str = "openvino", precision: str = "int8",
-             timeout: float = 600):
+def _convert(
+    model, context, *,
+    runtime: Literal["eager", "sdpa", "compile", "onnxruntime", "openvino"] = "openvino",
+    precision: Literal["float32", "bfloat16", "int8"] = "int8",
+    timeout: float = 600.0,
+):
     return convert(model, runtime, precision, context.task, timeout)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #b9f29bbc
 def _step(given: object) -> tuple[str, dict]:
     "A step as name and options; it may be given as a name, or as {name: options}."
-    if isinstance(given, str): return given, {}
-    if isinstance(given, (list, tuple)) and len(given) == 2: given = {given[0]: given[1]}
-    if isinstance(given, dict) and len(given) == 1:
-        name, options = *given.keys(), *given.values()
-        if isinstance(name, str) and isinstance(options or {}, dict): return name, options or {}
+    pair = (given, None) if isinstance(given, str) else given
+    if isinstance(pair, dict) and len(pair) == 1: pair = next(iter(pair.items()))
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str):
+        options = {} if pair[1] is None else pair[1]
+        if isinstance(options, dict): return pair[0], options
     do = "Give a name, or {name: {option: value}}."
-    raise EcomoptError(f"{given!r} is no step.", "recipe", do)
+    raise EcomoptError(f"{reprlib.repr(given)} is no step.", "recipe", do)
 
 
 def _check_order(names: list[str]) -> None:
@@ -148,12 +188,50 @@ def _check_order(names: list[str]) -> None:
     for i, name in enumerate(names):
         kind, before = step_kind(name), set(names[:i])
         where = f"step {i + 1}, {name!r}"
-        if wrong := kind.cannot_follow & before:
+        wrong = kind.cannot_follow & before
+        if wrong:
             what = f"{name} cannot follow {', '.join(sorted(wrong))}."
             raise EcomoptError(what, where, "Put it before, or leave one of them out.")
         if kind.must_follow and not kind.must_follow & before:
             what = f"{name} must follow {' or '.join(sorted(kind.must_follow))}."
             raise EcomoptError(what, where, "Put that step before it.")
+
+# %% ../../nbs/optimize/50_recipe.ipynb #a7c32cb4
+class _Loader(yaml.SafeLoader):
+    "YAML with the numbers of version 1.2 (1e-4), in which a key that is given twice is an error."
+
+    def construct_mapping(self, node, deep=False):
+        "A mapping without keys that are given twice."
+        made = super().construct_mapping(node, deep)
+        if len(made) == len(node.value): return made
+        raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+
+
+_NUMBER = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+
+
+def _read_yaml(source: str | Path) -> object:
+    "The data of a file, or of a text of several lines."
+    try:
+        is_text = isinstance(source, str) and "\n" in source
+        return yaml.load(source if is_text else _user_path(source).read_text("utf8"), _Loader)
+    except EcomoptError: raise
+    except Exception as error:  # PyYAML lets several kinds through
+        what = f"The recipe cannot be read: {_first_line(error)}"
+        do = "Give a YAML file with a list of steps."
+        raise EcomoptError(what, str(source)[:99], do) from error
+
+# %% ../../nbs/optimize/50_recipe.ipynb #432cb7ec
+def _check_effort(effort: dict, measure: bool) -> None:
+    "Raise for options that `compare` does not have, and where a recipe cannot run."
+    known = [*inspect.signature(compare).parameters][3:]
+    for name in effort:
+        if name not in known or not measure:
+            raise _unknown("option", name, known if measure else [], "Recipe.run")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        do = "Start it with python; its trainings may be run with torchrun before, and are found."
+        raise EcomoptError("A recipe runs in one process.", "torchrun", do)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #e475aaea
 @dataclass(frozen=True)
@@ -163,14 +241,14 @@ class Recipe:
     seed: int = 0  # of everything that is random
 
     def __post_init__(self):
-        if isinstance(self.steps, (str, bytes, dict)) or not isinstance(self.steps, Iterable):
+        if not isinstance(self.steps, (list, tuple)):
             do = "Give a list of steps; a file is read by Recipe.from_yaml."
-            raise EcomoptError(f"{self.steps!r} is no list of steps.", "recipe", do)
-        _whole_number(self.seed, "seed", 0, 2**32 - 1)
+            raise EcomoptError(f"{reprlib.repr(self.steps)} is no list of steps.", "recipe", do)
         steps = [_step(given) for given in self.steps]
-        for name, options in steps: step_kind(name).check(options)
-        _check_order([name for name, _ in steps])
-        object.__setattr__(self, "steps", [{name: dict(options)} for name, options in steps])
+        steps = [{name: step_kind(name).check(options)} for name, options in steps]
+        _check_order([name for step in steps for name in step])
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "seed", _whole_number(self.seed, "seed", 0, 2**32 - 1))
 
     @classmethod
     def from_yaml(
@@ -178,17 +256,10 @@ class Recipe:
         source: str | Path,  # a path, or the text itself if it has several lines
     ) -> "Recipe":
         "Read a recipe: `seed` and `steps`, or the list of steps alone."
-        is_text = isinstance(source, str) and "\n" in source
-        try:
-            text = source if is_text else _user_path(source).read_text("utf8")
-            data = yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            do = "Give a YAML file with a list of steps."
-            what = f"The recipe cannot be read: {error}"
-            raise EcomoptError(what, str(source)[:99], do) from error
+        data = _read_yaml(source)
         data = data if isinstance(data, dict) else {"steps": data}
-        for key in data.keys() - {"steps", "seed"}:
-            raise _unknown("key", key, ["steps", "seed"], "recipe")
+        for key in data:
+            if key not in ("steps", "seed"): raise _unknown("key", key, ["steps", "seed"], "recipe")
         return cls(**{"steps": []} | data)
 
     def to_yaml(self) -> str:
@@ -197,7 +268,7 @@ class Recipe:
 
     def to_list(self) -> list[dict]:
         "The recipe as a list, as artifacts hold it."
-        return [{"seed": self.seed}, *self.steps]
+        return [{"seed": self.seed}, *copy.deepcopy(self.steps)]
 
     @classmethod
     def from_list(
@@ -208,22 +279,28 @@ class Recipe:
         if isinstance(data, list) and data and isinstance(data[0], dict) and [*data[0]] == ["seed"]:
             return cls(data[1:], data[0]["seed"])
         do = "Give the recipe of an artifact that a recipe has made."
-        raise EcomoptError(f"{data!r:.99} has no seed first.", "Recipe.from_list", do)
+        raise EcomoptError(f"{reprlib.repr(data)} has no seed first.", "Recipe.from_list", do)
 
     def run(
         self,
         task: Task,                            # its train and transfer splits; valid to measure
-        model: str | Path | Classifier = "minilm",  # the teacher, or what is fine-tuned to be it
+        model: str | Path | Classifier = "minilm",  # the teacher; a name is fine-tuned first
         measure: bool = True,                  # each step, before and after, on the valid split
         on_step: Callable | None = None,       # called with each finished StepResult
-        **options,                             # of `compare`: repeats, threads, calls, memory
+        **effort,                              # of `compare`: repeats, threads, calls, memory, …
     ) -> "RecipeResult":
-        "Run all steps; what is in the cache is not computed again."
+        "Run all steps; what is in the cache is neither computed nor measured again."
+        if not isinstance(task, Task):
+            raise EcomoptError(f"This is no task: {task!r:.99}", "argument task", "Pass a Task.")
+        _check_effort(effort, measure)
+        recipe = Recipe(copy.deepcopy(self.steps), self.seed)
         teacher = model if isinstance(model, Classifier) else finetune(model, task, seed=self.seed)
-        return _run(self, StepContext(task, teacher, self.seed), measure, on_step, options)
+        numbers = {name: effort[name] for name in effort if name not in ("memory", "seed")}
+        if measure: _check({"teacher": teacher}, task, "valid", numbers)
+        return _run(recipe, StepContext(task, teacher, self.seed), measure, on_step, effort)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #a0f137bc
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepResult:
     "What one step made of the model before it."
     name: str           # of its kind
@@ -233,19 +310,51 @@ class StepResult:
     measurements: dict  # "before" and "after", as plain data; empty if not measured
 
 
+def _version(package: str) -> str | None:
+    "The version of a package, if it is installed."
+    try: return version(package)
+    except PackageNotFoundError: return None
+
+
+def _key(model: Classifier, name: str, options: dict, context: StepContext) -> dict:
+    "All that the result of a step depends on, equation (1)."
+    kind, mark = step_kind(name), fingerprint(model)
+    key = dict(step=name, options=options, model=mark, teacher=fingerprint(context.teacher))
+    key |= dict(task=context.task.fingerprint, seed=context.seed, bf16=supports_bfloat16())
+    key["packages"] = {package: _version(package) for package in kind.packages}
+    if kind.apply.__module__.startswith("ecomopt."): return key
+    return key | {"code": Hasher.hash(kind.apply)}
+
+# %% ../../nbs/optimize/50_recipe.ipynb #12cbebfd
 def _apply(model: Classifier, name: str, options: dict, context: StepContext) -> tuple:
     "A step's result, computed unless it is in the cache, and the seconds that it took."
+    kind = step_kind(name)
+    options = kind.defaults | options
+    key = _key(model, name, options, context)
+
     def build(folder):
         start = perf_counter()
-        kind = step_kind(name)
-        made = kind.apply(model, context, **kind.defaults | options)
+        made = kind.apply(model, context, **options)
+        if [fingerprint(model), fingerprint(context.teacher)] != [key["model"], key["teacher"]]:
+            what = "The step changed the model that it was given."
+            raise EcomoptError(what, f"step {name!r}", "Return a changed copy.")
         save(made, folder / "model")
         (folder / "seconds.json").write_text(json.dumps(perf_counter() - start))
 
-    key = dict(model=fingerprint(model), teacher=fingerprint(context.teacher), step=name)
-    key |= dict(options=options, task=context.task.fingerprint, seed=context.seed)  # equation (1)
     folder = cached("step", key, build)
     return load(folder / "model"), json.loads((folder / "seconds.json").read_text())
+
+# %% ../../nbs/optimize/50_recipe.ipynb #c5d63020
+def _measured(pair: dict[str, Classifier], task: Task, effort: dict) -> dict:
+    "Measurements before and after a step on the valid split, as plain data, once for each machine."
+    def build(folder):
+        measured = compare(pair, task, "valid", **effort).measurements
+        plain = {when: measurement.to_dict() for when, measurement in measured.items()}
+        (folder / "measured.json").write_text(json.dumps(plain))
+
+    key = {when: fingerprint(model) for when, model in pair.items()}
+    key |= dict(task=task.fingerprint, effort=effort, machine=platform.node())
+    return json.loads((cached("measured", key, build) / "measured.json").read_text())
 
 # %% ../../nbs/optimize/50_recipe.ipynb #1d4a86e8
 def _gains(step: StepResult) -> dict:
@@ -256,7 +365,7 @@ def _gains(step: StepResult) -> dict:
     before, after = step.measurements["before"], step.measurements["after"]
     return row | {
         "accuracy %": round(100 * after["accuracy"], 1),
-        "change": round(100 * (after["accuracy"] - before["accuracy"]), 1),
+        "accuracy change, points": round(100 * (after["accuracy"] - before["accuracy"]), 1),
         "sentences/s": round(after["throughput"]),
         "× throughput": round(after["throughput"] / before["throughput"], 2),
         "p50 ms": round(after["latency_ms"]["p50"], 2),
@@ -273,15 +382,14 @@ def _run(
         name, options = *step.keys(), *step.values()
         made, seconds = _apply(model, name, options, context)
         pair = {"before": model, "after": made}
-        measured = compare(pair, context.task, "valid", **effort).measurements if measure else {}
-        plain = {when: m.to_dict() for when, m in measured.items()}
-        done.append(StepResult(name, options, made, seconds, plain))
+        measurements = _measured(pair, context.task, effort) if measure else {}
+        done.append(StepResult(name, options, made, seconds, measurements))
         if on_step: on_step(done[-1])
         model = made
     return RecipeResult(recipe, model, done)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #1440b9b4
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecipeResult:
     "A recipe that was run: the model, and what each step brought."
     recipe: Recipe           # what was run
