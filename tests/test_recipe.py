@@ -1,4 +1,5 @@
 """Recipes: checked before any work, run step by step, found again after a kill, tried again after an error."""
+import functools
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from ecomopt import EcomoptError, Recipe, load
 from ecomopt.compress.distill import keep_layers
 from ecomopt.core.steps import _KINDS, StepKind, register_step, step_kind, step_kinds
 from ecomopt.core.train import fingerprint
+from ecomopt.optimize import recipe as recipe_module
 
 STEPS = [{"prune_structured": {"layers": 2}}, {"distill": {"epochs": 1}}, "quantize"]
 QUICK = dict(repeats=1, calls=2, threads=1, memory=False)
@@ -38,7 +40,7 @@ def counted(monkeypatch):
             counts[name] = counts.get(name, 0) + 1
             return kind.apply(model, context, **options)
         apply.__signature__ = inspect.signature(kind.apply)
-        apply.__annotations__ = kind.apply.__annotations__
+        apply.__annotations__, apply.__module__ = kind.apply.__annotations__, kind.apply.__module__
         monkeypatch.setitem(_KINDS, name, StepKind(name, apply, kind.space, kind.cannot_follow, kind.must_follow))
     return counts
 
@@ -70,7 +72,7 @@ def test_yaml_and_python_are_the_same(steps, tmp_path):
     ([{"distill": {"epochs": "two"}}], "Give a number"),
     ([{"distill": {"epochs": True}}], "Give a number"),
     ([{"distill": {"augment": 0.5}}], "Give a whole number"),
-    ([{"prune_structured": {"layers": "3"}}], "whole number or nothing"),
+    ([{"prune_structured": {"layers": "3"}}], "whole number or null"),
     ([{"prune_structured": {"vocabulary": 1}}], "true or false"),
     ([{"distill": {"epochs": float("nan")}}], "Give a number"),
     ([{"distill": {"epochs": 10**400}}], "Give a number"),
@@ -248,7 +250,10 @@ def test_options_as_they_are_applied_are_the_key(counted):
 def test_measurements_are_found_again(counted, monkeypatch):
     task, teacher = tiny.task(), tiny.classifier()
     first = Recipe(STEPS[:1]).run(task, teacher, **QUICK)
-    monkeypatch.setattr("ecomopt.optimize.recipe.compare", None)
+    @functools.wraps(recipe_module.compare)
+    def compare(*args, **options): raise AssertionError("measured again")
+
+    monkeypatch.setattr(recipe_module, "compare", compare)
     assert Recipe(STEPS[:1]).run(task, teacher, **QUICK).steps[0].measurements == first.steps[0].measurements
 
 
