@@ -58,6 +58,7 @@ def leave(): os._exit(7)
 def raise_it(): raise ValueError("no such sentence")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 1])
 @pytest.mark.parametrize("worker, message", [
     (die, "died: SIGKILL"), (leave, "died: exit code 7"), (raise_it, "failed: ValueError: no such sentence"),

@@ -287,6 +287,7 @@ def test_a_finished_distillation_is_not_repeated(monkeypatch):
     assert fingerprint(distill(teacher, task, 2)) == fingerprint(first)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_changed():
     task, teacher = tiny.task(), tiny.classifier()
     before = fingerprint(teacher)

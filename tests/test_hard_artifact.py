@@ -223,6 +223,7 @@ def test_a_process_that_is_killed_leaves_the_old_model_or_the_new(processes, how
     assert processes[f"replaced {how}"] == [0, ["model"]]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_in_its_first_save_leaves_nothing_or_the_model(processes):
     lost, finished, tried = processes["new"]
     assert lost == 0 and 0 < finished < tried  # some were killed before the end, some after it

@@ -178,6 +178,7 @@ def test_a_model_without_finite_logits_is_not_converted(runtime_name, precision)
     with pytest.raises(EcomoptError): convert(broken, runtime_name, precision, TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_converted_model_without_finite_logits_does_not_predict(value, monkeypatch):
     model = converted("onnxruntime")

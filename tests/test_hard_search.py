@@ -805,6 +805,7 @@ def test_bad_options_leave_the_estimator_as_it_was(model, options):
     assert np.array_equal(classifier.predict_proba(TEXTS[:5]), before)
 
 
+@pytest.mark.slow
 def test_clones_have_the_options_and_not_the_training(model):
     classifier = make(model, class_weight={"good": 2.0}, random_state=np.int64(3)).fit(TEXTS, LABELS)
     other = clone(classifier)

@@ -217,6 +217,7 @@ def limited(path, seconds=5, megabytes=300):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1000 * megabytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

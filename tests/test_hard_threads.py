@@ -142,6 +142,7 @@ def test_texts_written_in_threads_are_those_of_one_thread(kind):
     assert in_threads(lambda prompt: lm.generate([prompt], 4), PROMPTS * 8) == wanted * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "int4", "OpenVINO, 32 bits", "OpenVINO, 4 bits"])
 def test_losses_and_batches_of_prompts_in_threads(kind):
     """Answers that are written while others are judged."""
@@ -221,6 +222,7 @@ def test_logits_after_a_fork(kind):
     assert wrong(answers(), wanted[:8]) == 0  # also here, afterwards
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", WRITERS)
 def test_texts_after_a_fork(kind):
@@ -229,6 +231,7 @@ def test_texts_after_a_fork(kind):
     assert lm.generate(PROMPTS[:1], 4) == wanted[0]
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", ["float", "int8", "openvino", "onnxruntime"])
 def test_threads_after_a_fork(kind):
@@ -236,6 +239,7 @@ def test_threads_after_a_fork(kind):
     assert forked(lambda: wrong(in_threads(lambda text: model.logits([text]), TEXTS), wanted) == 0)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", ["float", "openvino", "onnxruntime"])
 def test_a_fork_while_other_threads_compute(kind):

@@ -111,7 +111,7 @@ def test_what_is_refused_before_any_work(steps, message):
     ("- distill: {epochs: 1, epochs: 2}\n", "given twice"),
     ("- 2024-13-45\n", "cannot be read"),
     ("- !!bool x\n", "cannot be read"),
-    ("[" * 3000 + "\n", "cannot be read"),
+    pytest.param("[" * 3000 + "\n", "cannot be read", id="deep"),
     ("steps: []\nseed: -1\n", "seed"),
 ])
 def test_yaml_that_is_refused(text, message):
@@ -213,6 +213,7 @@ def test_an_unknown_kind_is_named():
 
 # runs
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing_and_gives_the_same(counted):
     task, teacher = tiny.task(), tiny.classifier()
     first = Recipe(STEPS).run(task, teacher, **QUICK)
@@ -224,6 +225,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same(counted):
     assert list(again.table) == ["options", "s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed, computed", [
     (dict(steps=[*STEPS[:2], {"quantize": {"embedding_bits": 4}}]), {"quantize"}),
     (dict(steps=[STEPS[0], {"distill": {"epochs": 2}}, "quantize"]), {"distill", "quantize"}),
@@ -240,6 +242,7 @@ def test_what_a_result_depends_on(counted, changed, computed):
     assert counted.keys() == computed
 
 
+@pytest.mark.slow
 def test_options_as_they_are_applied_are_the_key(counted):
     task, teacher = tiny.task(), tiny.classifier()
     for step in ("quantize", {"quantize": {"embedding_bits": 8}}): Recipe([step]).run(task, teacher, measure=False)
@@ -279,6 +282,7 @@ def test_the_seed_is_that_of_random_importance():
     assert len(marks) == 3
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_tried_again(counted, monkeypatch):
     task, teacher = tiny.task(), tiny.classifier()
     right = _KINDS["quantize"]
@@ -292,6 +296,7 @@ def test_a_failed_step_is_tried_again(counted, monkeypatch):
     assert counted == {"prune_structured": 1, "distill": 1, "quantize": 1}
 
 
+@pytest.mark.slow
 def test_the_artifact_says_how_it_was_made(tmp_path):
     task, teacher = tiny.task(), tiny.classifier()
     result = Recipe(STEPS, seed=2).run(task, teacher, **QUICK)

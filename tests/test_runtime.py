@@ -96,6 +96,7 @@ def test_another_number_of_threads_creates_another_session(made):
     finally: torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_mask_is_optional(small, made):
     converted, ids = made("openvino", "float32"), torch.tensor([[2, 5, 6, 3]])
     assert torch.allclose(converted.model(ids).logits, small.model(ids).logits, atol=1e-5)
@@ -107,6 +108,7 @@ def test_bfloat16_is_not_emulated(small, monkeypatch):
         with pytest.raises(EcomoptError, match="does not compute in bfloat16"): convert(small, name, "bfloat16")
 
 
+@pytest.mark.slow
 def test_compiled_by_torch(small, tmp_path):
     converted = convert(small, "compile", "float32")
     assert torch.allclose(converted.logits(TEXTS), small.logits(TEXTS), atol=1e-5)
@@ -179,6 +181,7 @@ def test_timeout(small, monkeypatch):
     print("visible")  # output is no longer suppressed
 
 
+@pytest.mark.slow
 def test_altered_files_are_refused(made, tmp_path):
     path = save(made("onnxruntime", "float32"), tmp_path / "model")
     data = bytearray((path / "model.safetensors").read_bytes())

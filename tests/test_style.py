@@ -43,6 +43,7 @@ def bad(*cells: str) -> list[str]:
     return [*HEADER, *cells, *GOOD[len(HEADER):]]
 
 
+@pytest.mark.slow
 def test_book_keeps_the_rules():
     found = lint_all()
     assert not found, "\n" + "\n".join(found)
