@@ -47,6 +47,7 @@ def test_methods_are_where_readers_look(module, name):
         assert inspect.signature(function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, name", CLASSES, ids=map(".".join, CLASSES))
 def test_static_completion_lists_every_method(module, name):
     """jedi, as editors use it, reads the files and runs nothing."""
@@ -58,6 +59,7 @@ def test_static_completion_lists_every_method(module, name):
         if not isinstance(value, property): assert found[method].get_signatures(), f"{name}.{method}: no signature"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ecomopt._HOME_OF))
 def test_names_of_the_top_level_have_documentation_in_editors(name):
     code = f"import ecomopt\necomopt.{name}"

@@ -36,6 +36,7 @@ def told(trials: list[Trial]) -> list: return [(trial.number, trial.params, tria
 
 # ask and tell
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_points_are_new_plain_and_inside(seed):

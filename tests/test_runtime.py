@@ -190,6 +190,7 @@ def test_altered_files_are_refused(made, tmp_path):
     with pytest.raises(EcomoptError, match="altered"): load(path)
 
 
+@pytest.mark.slow
 def test_a_far_too_slow_variant_is_not_measured(small, monkeypatch):
     real = runtime._make
     def make(classifier, name, *others):

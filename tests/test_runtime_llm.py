@@ -54,6 +54,7 @@ def test_generated_texts_are_the_same(lm, converted):
     assert count_parameters(converted[4].model) == count_parameters(lm.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.1), (4, 0.1)])
 def test_few_bits_are_those_of_torch(lm, converted, bits, tolerance):
     ids = torch.tensor(lm.encode(TEXTS[:1]))

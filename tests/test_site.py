@@ -14,7 +14,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tools.site import ROOT, build, notebooks, staged_name, translate
+from tools.site import IMPORT, ROOT, build, notebooks, staged_name, translate
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.xdist_group("site")
@@ -139,6 +139,19 @@ def hrefs(browser, selector: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_the_theme_is_whole(site, browser):
+    """Half of an @import that was left in front of it once took the theme's first rule, and code could not be read."""
+    browser.get(f"{site}/index.html")
+    colours = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
+    background, text = browser.execute_script(colours)
+    assert background not in ("rgba(0, 0, 0, 0)", text)
+
+
+@pytest.mark.parametrize("address", ["url(https://a/b?c:300;400&d)", "'https://a/b;c'", 'url("https://a")'])
+def test_fonts_of_the_network_are_taken_out_whole(address):
+    assert IMPORT.sub("", f"/**/@import {address};:root{{}}") == "/**/:root{}"
+
+
 def test_the_sidebar_shows_every_page(site, browser):
     browser.get(site[1])
     assert hrefs(browser, "#quarto-sidebar a.sidebar-link[href]") == [site[1] + page for page in pages()]

@@ -89,6 +89,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch():
     assert torch.allclose(model.logits(texts[::-1]), alone.flip(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_million_characters_are_cut():
     model = tiny.classifier()
     assert len(model.encode(["very bad " * 120_000])[0]) == model.max_length

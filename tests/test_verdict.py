@@ -118,6 +118,12 @@ def test_so_many_sentences_decide_and_one_less_does_not(lost, gained, margin):
     else: assert decides(verdict.decided_by) and not decides(verdict.decided_by - 1)
 
 
+def test_a_margin_of_numpy():
+    for metric in ("accuracy", "macro_f1"):
+        plain, numpy = (noninferiority_test(*answers(9, 5, 300), m, metric) for m in (0.02, np.float64(0.02)))
+        assert plain == numpy and type(numpy.margin) is float
+
+
 def test_a_drop_at_the_margin_is_never_decided():
     verdict = noninferiority_test(*answers(10, 0, 500), 0.02)
     assert verdict.decided_by is None and "no number of sentences" in str(verdict)

@@ -180,9 +180,8 @@ def stage(to: Path) -> None:
 
 # ---------------------------------------------------------------- render
 
-IMPORT = re.compile(
-    r"""@import\s*(?:url\()?\s*["']?https?:[^;]*;?"""
-)  # a font from the network: the system's do as well
+# A font from the network: the system's do as well. An address may have semicolons of its own.
+IMPORT = re.compile(r"""@import\s*(?:url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;?""")
 CDN = re.compile(
     r"""<script[^>]*src="https://[^>]*></script>\s*|<script[^>]*>\s*define\('jquery'.*?</script>\s*""", re.S
 )

@@ -153,10 +153,10 @@ def noninferiority_test(
         needed = _needed(lost, gained, n, confidence, margin)
     else:
         bounds = _bootstrap_bounds(metric, first, second, actual, confidence, seed)
-        gap = abs(margin - drop) and (bounds[drop < margin] - drop) / (margin - drop)
+        gap = abs(margin - drop) and (bounds[int(drop < margin)] - drop) / (margin - drop)
         needed = math.ceil(n * gap**2) if gap else None
     name = getattr(metric, "__name__", str(metric))
-    return Verdict(name, n, margin, drop, *bounds, float((first != second).mean()), needed)
+    return Verdict(name, n, float(margin), drop, *bounds, float((first != second).mean()), needed)
 
 # %% ../../nbs/core/17_verdict.ipynb #c3050779
 def noninferiority(
