@@ -141,7 +141,7 @@ def hrefs(browser, selector: str) -> list[str]:
 @pytest.mark.slow
 def test_the_theme_is_whole(site, browser):
     """Half of an @import that was left in front of it once took the theme's first rule, and code could not be read."""
-    browser.get(f"{site}/index.html")
+    browser.get(site[1] + "index.html")
     colours = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
     background, text = browser.execute_script(colours)
     assert background not in ("rgba(0, 0, 0, 0)", text)
