@@ -112,7 +112,7 @@ def _missing(data: dict) -> Iterable[str]:
 
 def _check_data(data: object) -> None:
     "Raise unless the data of a report have all keys."
-    do = "Pass OptimizeResult.to_dict(), or make the artifact again with optimize."
+    do = "Pass the data of an OptimizeResult, or make the artifact again with optimize."
     if not isinstance(data, dict):
         raise EcomoptError(f"{data!r:.99} is no dictionary.", "data of a report", do)
     missing = sorted(set(_missing(data)))
@@ -172,7 +172,7 @@ def _answer(data: dict) -> str:
 def _limits(data: dict) -> list[list]:
     "Each limit of the goal that can be checked: key, name, limit, value, and whether it holds."
     goal, winner = data["goal"], data["winner"]
-    drops = [recall["teacher"] - recall["winner"] for recall in data["recall"].values()]
+    drops = [r["teacher"] - r["winner"] for r in data["recall"].values() if r["n"]]
     was, now = (model.get("perplexity") for model in (data["teacher"], winner))
     limits = {
         "max_drop": (f"drop in {_metric(data)}", _percent, (data["verdict"] or {}).get("drop")),
@@ -205,8 +205,9 @@ def _status(data: dict) -> tuple[str, str]:  # the key of a sign, the words
     holds = {key: holds for key, *_, holds in _limits(data)}
     by_estimate = holds.pop("max_drop", True)
     if not data["feasible"]: return "bad", "Goal not met: this is the closest model"
-    if outcome == "not met" or not all(holds.values()):
-        return "bad", "Goal met in the search, but not on the test split"
+    if outcome == "not met": return "bad", "Goal met in the search, but not on the test split"
+    if not all(holds.values()):
+        return "unsure", "Goal met in the search; on the test split, a limit does not hold"
     if outcome == "met": return "good", "Goal met"
     if by_estimate:
         return "unsure", "Goal met by the estimate; the test split is too small to confirm it"
@@ -270,7 +271,7 @@ def _class_tables(data: dict) -> list[Table]:
     recall = [
         [label, f"{r['n']:,}", _percent(r["teacher"]), _percent(r["winner"]),
          _points(r["winner"] - r["teacher"])]
-        for label, r in data["recall"].items()
+        for label, r in data["recall"].items() if r["n"]
     ]
     measured = [("teacher", data["teacher"]), ("winner", data["winner"])]
     measured += [(baseline["name"], baseline) for baseline in data["baselines"]]
@@ -345,9 +346,12 @@ def _search_words(data: dict) -> str:
 
 
 def _options(options: dict | None) -> str:
-    "Options of a step or a trial; fractions are rounded."
-    def text(value): return f"{value:.4g}" if type(value) is float else str(value)
-    return ", ".join(f"{name} {text(value)}" for name, value in (options or {}).items())
+    "Options of a step, or of all steps of a trial; fractions are rounded."
+    def text(value):
+        if isinstance(value, dict): return f"({_options(value)})"
+        return f"{value:.4g}" if type(value) is float else str(value)
+    shown = {name: value for name, value in (options or {}).items() if value != {}}
+    return ", ".join(f"{name} {text(value)}" for name, value in shown.items())
 
 
 def _loss(trial: dict) -> float | None:
@@ -471,7 +475,7 @@ def _data_section(data: dict) -> list:
     "The splits, the texts that were cut, and the classes."
     task = data["task"]
     cut, classes = task.get("truncated") or {}, task.get("classes") or {}
-    rows = [[split, f"{n:,}", f"{cut.get(split) or 0:,}"]
+    rows = [[split, f"{n:,}", "–" if cut.get(split) is None else f"{cut[split]:,}"]
             for split, n in (task.get("sizes") or {}).items() if n is not None]
     rows += [[key, f"{task[key]:,}", "–"] for key in ("prompts", "texts") if task.get(key)]
     total = sum(classes.values())
@@ -549,7 +553,7 @@ def _made(write: Callable, data: dict, name: str) -> str:
     try: return write(data, name)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         what = f"They do not fit together: {type(error).__name__}: {str(error)[:200]}"
-        do = "Pass OptimizeResult.to_dict() unchanged, or run optimize again."
+        do = "Pass the data of an OptimizeResult unchanged, or run optimize again."
         raise EcomoptError(what, "data of a report", do) from error
 
 # %% ../../nbs/optimize/54_report.ipynb #d8e29d0c
@@ -560,7 +564,7 @@ def _html_report(data: dict, name: str) -> str:
 
 
 def html_report(
-    data: dict,           # OptimizeResult.to_dict(), or what the manifest of its artifact holds
+    data: dict,           # of an OptimizeResult, or what the manifest of its artifact holds
     name: str = "small",  # of the artifact, for the commands that load and serve it
 ) -> str:                 # a file that needs nothing else
     "Write the report of an optimization as one self-contained HTML page."
