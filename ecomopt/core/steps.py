@@ -60,7 +60,7 @@ class StepKind:
     "What a step of a recipe does, its options, and what it can follow."
     name: str                                  # as recipes call it
     apply: Callable                            # f(model, context, *, option=default, …) -> model
-    space: dict = field(default_factory=dict)  # option → range or list of categories, for a search
+    space: dict | Callable = field(default_factory=dict)  # option → range or categories; see `ranges`
     cannot_follow: frozenset[str] = frozenset()  # names of kinds that may not come before it
     must_follow: frozenset[str] = frozenset()  # kinds of which one has to come before it, if any
     trains: bool = False                       # improves the quality, changes no cost
@@ -71,6 +71,13 @@ class StepKind:
         "The options and their defaults."
         parameters = inspect.signature(self.apply).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def ranges(
+        self,
+        context: object,               # the teacher and the task that a search is about
+    ) -> dict[str, tuple | list]:  # option → (low, high), (low, high, "log-uniform") or categories
+        "What a search may choose from; nothing for a kind that takes no part in searches."
+        return self.space(context) if callable(self.space) else self.space
 
     def check(
         self,
@@ -99,7 +106,7 @@ def _check_kind(kind: StepKind) -> None:
         if known and default is not inspect.Parameter.empty: continue
         do = "Annotate it with int, float, bool, str, None or Literal, and give it a default."
         raise EcomoptError(f"The option {name!r} has no type or no default.", where, do)
-    for name in kind.space:
+    for name in {} if callable(kind.space) else kind.space:
         if name not in kind.defaults: raise _unknown("option", name, kind.defaults, where)
     old = _KINDS.get(kind.name, kind)
     if old.apply.__qualname__ == kind.apply.__qualname__: return
@@ -109,7 +116,7 @@ def _check_kind(kind: StepKind) -> None:
 def register_step(
     name: str,                          # as recipes will call it
     *,
-    space: dict | None = None,          # option → range or list of categories, for a search
+    space: dict | Callable | None = None,  # option → range or categories; or f(context) -> that
     cannot_follow: Iterable[str] = (),  # names of kinds that may not come before it
     must_follow: Iterable[str] = (),    # one of these has to come before it, if there are any
     trains: bool = False,               # improves the quality, changes no cost

@@ -14,22 +14,25 @@ import platform
 import random
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import yaml
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 # %% ../../nbs/optimize/50_recipe.ipynb #5e65f30a
 from .. import EcomoptError
 from ..accelerate.runtime import convert
 from ..compress.calibrate import calibrate
-from ..compress.distill import distill, keep_layers
+from ..compress.distill import _training_texts, distill, keep_layers
 from ..compress.prune import PruneCallback, prune
 from ..compress.qat import prepare_qat
 from ..compress.quantize import quantize
@@ -54,53 +57,99 @@ class StepContext:
 
 def _texts(context: StepContext) -> list[str]:
     "All texts that models may be trained on."
-    transfer = context.task.transfer
-    return [*context.task.train["text"], *(transfer["text"] if transfer else [])]
+    return [*context.task.train["text"], *context.task.transfer["text"]]
+
+
+def _frequent_words(texts: list[str], min_count: int) -> list[str]:
+    "The texts themselves; or, for more than 1, the words that occur so often in them."
+    if _whole_number(min_count, "min_count") == 1: return texts
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    return [word for word, count in words.items() if count >= min_count]
 
 
 _FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert"  # nothing can be trained after
 _Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 
 # %% ../../nbs/optimize/50_recipe.ipynb #d2e09ae9
+_STRUCTURE = "prune", "share_weights", "prepare_qat", "quantize_embeddings", *_FINAL
+
+
+def _sizes(context: StepContext) -> dict:
+    "How far layers, neurons and heads of the teacher can be cut."
+    config = context.teacher.model.config
+    names = {"layers": "num_hidden_layers", "neurons": "intermediate_size"}
+    names["heads"] = "num_attention_heads"
+    known = {option: getattr(config, name, None) for option, name in names.items()}
+    return {option: (max(1, most // 24), most) for option, most in known.items() if most}
+
+# %% ../../nbs/optimize/50_recipe.ipynb #03d485ee
 @register_step(
     "prune_structured",
-    space={"layers": (1, 6), "neurons": (64, 1536), "heads": (1, 12), "vocabulary": [False, True]},
-    cannot_follow=["prune", "share_weights", "prepare_qat", *_FINAL],
+    space=lambda context: _sizes(context) | {
+        "vocabulary": [False, True], "min_count": (1, 3), "first_token": [False, True]
+    },
+    cannot_follow=["keep_layers", *_STRUCTURE],
     packages=["tokenizers"],
 )
 def _prune_structured(
     model, context, *, layers: int | None = None, neurons: int | None = None,
-    heads: int | None = None, vocabulary: bool = False, first_token: bool = False,
-    importance: Literal["magnitude", "taylor", "random"] = "magnitude",
+    heads: int | None = None, vocabulary: bool = False, min_count: int = 1,
+    first_token: bool = False, importance: Literal["magnitude", "taylor", "random"] = "magnitude",
 ):
-    texts = _texts(context) if vocabulary else None
+    texts = _frequent_words(_texts(context), min_count) if vocabulary else None
     task = context.task if importance == "taylor" else None
     options = dict(texts=texts, first_token=first_token, importance=importance, task=task)
     sizes = dict(layers=layers, neurons=neurons, heads=heads)
     return prune_structured(model, **sizes, **options, seed=context.seed)
 
+# %% ../../nbs/optimize/50_recipe.ipynb #8b5bf665
+@register_step(
+    "keep_layers",
+    space=lambda context: {"layers": _sizes(context)["layers"]},
+    cannot_follow=["prune_structured", *_STRUCTURE],
+)
+def _keep_layers(model, context, *, layers: int = 3): return keep_layers(model, layers)
+
 # %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
+def _part(context: StepContext, augment: int, start: float, stop: float) -> Task:
+    "The task with a part of its texts to learn from: labelled, unlabelled and augmented ones."
+    task = context.task
+    texts, labels = _training_texts(task, augment, context.seed)
+    order = np.random.default_rng(context.seed).permutation(len(texts))
+    rows = order[round(start * len(texts)):round(stop * len(texts))]
+    known = [i for i in rows if i < len(task.train)]
+    others = [texts[i] for i in rows if i >= len(task.train)]
+    if not len(rows) or not 0 <= start < stop <= 1:
+        what = f"There are no texts from {start:g} to {stop:g}, as fractions of {len(texts)}."
+        raise EcomoptError(what, "step 'distill'", "Give 0 ≤ start < stop ≤ 1.")
+    transfer = {"text": others, "domain": ["part"] * len(others)}
+    transfer = Dataset.from_dict(transfer, task.transfer.features)
+    return replace(task, train=task.train.select(known), transfer=transfer)
+
+# %% ../../nbs/optimize/50_recipe.ipynb #2487a364
 @register_step(
     "distill",
-    space={"augment": [0, 16_000], "epochs": (1, 4)},
+    space={"augment": (0, 60_000), "learning_rate": (3e-5, 5e-4, "log-uniform")},
     cannot_follow=["prune", *_FINAL],
     trains=True,
 )
 def _distill(
     model, context, *, layers: int | None = None, augment: int = 0, epochs: float = 1.0,
     learning_rate: float = 1e-4, batch_size: int = 16, temperature: float = 2.0, alpha: float = 0.9,
-    select_best: bool = False,
+    select_best: bool = False, start: float = 0.0, stop: float = 1.0,
 ):
     student = model if layers is None else keep_layers(model, layers)
-    options = dict(augment=augment, epochs=epochs, learning_rate=learning_rate)
-    options |= dict(batch_size=batch_size, temperature=temperature, alpha=alpha)
-    options |= dict(select_best=select_best, seed=context.seed)
-    return distill(context.teacher, context.task, student, **options)
+    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    options |= dict(temperature=temperature, alpha=alpha, select_best=select_best)
+    options |= dict(seed=context.seed)
+    if (start, stop) == (0, 1):
+        return distill(context.teacher, context.task, student, augment, **options)
+    task = _part(context, augment, start, stop)
+    return distill(context.teacher, task, student, **options)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #f75c01cb
 @register_step(
     "prune",
-    space={"sparsity": (0.1, 0.9)},
     cannot_follow=["prune", "share_weights", *_FINAL],
 )
 def _prune(
@@ -127,24 +176,32 @@ def _share_weights(
 
 @register_step(
     "prepare_qat",
-    space={"bits": (2, 8)},
     cannot_follow=["prepare_qat", "share_weights", *_FINAL],
 )
 def _prepare_qat(model, context, *, bits: _Bits = 4): return prepare_qat(model, bits)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #4e3b12f7
-@register_step("quantize", space={"embedding_bits": (4, 8)}, cannot_follow=_FINAL)
+@register_step(
+    "quantize_embeddings",
+    space={"bits": (2, 8)},
+    cannot_follow=["quantize_embeddings", "share_weights", *_FINAL],
+)
+def _quantize_embeddings(model, context, *, bits: _Bits = 4):
+    return quantize(model, bits, linear=False)
+
+
+@register_step("quantize", space={"embedding_bits": (4, 8), "bits": (4, 8)}, cannot_follow=_FINAL)
 def _quantize(model, context, *, embedding_bits: _Bits = 8, bits: _Bits = 8):
     return quantize(model, embedding_bits, bits=bits)
 
-
+# %% ../../nbs/optimize/50_recipe.ipynb #a244470d
 @register_step("codebooks_to_int8", cannot_follow=_FINAL, must_follow=["share_weights"])
 def _codebooks_to_int8(model, context): return codebooks_to_int8(model)
 
 
 @register_step(
     "calibrate",
-    space={"texts": (16, 256)},
+    space={"texts": [128]},
     cannot_follow=["calibrate", "codebooks_to_int8", "convert"],
     must_follow=["quantize"],
 )
@@ -159,7 +216,7 @@ def _calibrate(
 # %% ../../nbs/optimize/50_recipe.ipynb #e83c58be
 @register_step(
     "convert",
-    space={"runtime": ["sdpa", "onnxruntime", "openvino"], "precision": ["float32", "int8"]},
+    space={"runtime": ["openvino", "onnxruntime"], "precision": ["int8", "float32"]},
     cannot_follow=["share_weights", "prepare_qat", *_FINAL],
     packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
 )
