@@ -171,6 +171,7 @@ _METRICS = {  # of each class, t: correct predictions, N: rows, P: predictions
     "balanced_accuracy": lambda t, N, P: (t[N > 0] / N[N > 0]).mean(),
     "macro_f1": lambda t, N, P: (2 * t[N + P > 0] / (N + P)[N + P > 0]).mean(),
 }
+_Scorer = type(metrics.get_scorer("accuracy"))  # of all scorers of scikit-learn
 
 
 def _counted(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -196,7 +197,7 @@ def _metric(metric: str | Callable) -> Callable:
     names = [*_METRICS, *metrics.get_scorer_names()]
     if isinstance(metric, str) and metric in _METRICS: return partial(_counted, metric)
     scorer = metrics.get_scorer(metric) if isinstance(metric, str) and metric in names else metric
-    if isinstance(scorer, type(metrics.get_scorer("accuracy"))):
+    if isinstance(scorer, _Scorer):
         return lambda labels, predictions: scorer(_Answered(predictions), labels, labels)
     if callable(metric): return metric
     where = f"the metrics: {', '.join(_METRICS)}, a scorer of scikit-learn, f(labels, predictions)"
