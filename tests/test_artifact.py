@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ecomopt
 from ecomopt import EcomoptError, load, save
 from ecomopt.compress.quantize import quantize
 from ecomopt.core import artifact
@@ -40,6 +41,51 @@ def test_a_fresh_process_gives_the_same_logits(tmp_path, change):
 
 def test_only_plain_data_is_written(path):
     assert {file.suffix for file in path.iterdir()} <= artifact._SUFFIXES
+
+
+def test_texts_are_kept_beside_a_model(tmp_path):
+    model, text = tiny.classifier(), "# Größe\n\n> 很好 😀\n"
+    path = save(model, tmp_path / "model", files={"README.md": text, "notes.md": ""})
+    assert (path / "README.md").read_text(encoding="utf8") == text and fingerprint(load(path)) == fingerprint(model)
+    assert {"README.md", "notes.md"} <= json.loads((path / "artifact.json").read_text())["files"].keys()
+    save(model, path)  # replaces all of it
+    assert not (path / "README.md").exists()
+    save(model, path, files={"README.md": text})
+    (path / "README.md").write_text("altered")
+    with pytest.raises(EcomoptError, match="'README.md' was altered"): load(path)
+    (path / "README.md").unlink()
+    with pytest.raises(EcomoptError, match="'README.md' is missing"): load(path)
+
+
+@pytest.mark.parametrize("files", [
+    {"../README.md": "a"}, {"docs/README.md": "a"}, {"README.txt": "a"}, {"config.json": "{}"}, {"artifact.json": "{}"},
+    {".md": "a"}, {"run.py": "a"}, {"README.md": None}, {"README.md": b"a"}, {"README.md": "\ud800"}, {1: "a"},
+    ["README.md"], "README.md", {"README.md\n": "a"},
+], ids=str)
+def test_files_that_cannot_be_kept(tmp_path, files):
+    with pytest.raises(EcomoptError) as caught: save(tiny.classifier(), tmp_path / "model", files=files)
+    assert "md" in caught.value.do and not list(tmp_path.iterdir())
+
+
+def test_info_reads_no_weights(tmp_path):
+    recipe, measurements = [{"seed": 0}, {"quantize": {}}], [{"accuracy": 0.5}]
+    path = save(tiny.classifier(), tmp_path / "model", recipe, measurements, {"README.md": "a"})
+    (path / "model.safetensors").write_bytes(b"not read")
+    info = artifact.artifact_info(str(path))
+    expected = dict(kind="Classifier", ecomopt=ecomopt.__version__, recipe=recipe, measurements=measurements)
+    expected |= dict(max_length=128, bytes=sum(file.stat().st_size for file in path.iterdir()))
+    assert info == expected
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda path: (path / "artifact.json").unlink(), "not an artifact"),
+    (lambda path: (path / "artifact.json").write_text("{"), "damaged"),
+    (lambda path: (path / "config.json").unlink(), "'config.json' is missing"),
+    (lambda path: (path / "more.txt").write_text(""), "not one of the artifact's"),
+])
+def test_info_of_what_is_no_artifact(path, change, message):
+    change(path)
+    with pytest.raises(EcomoptError, match=message): artifact.artifact_info(path)
 
 
 def test_an_earlier_artifact_is_replaced(path):

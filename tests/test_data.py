@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,6 +198,131 @@ def test_a_sample_with_fewer_rows_than_classes(reviews):
     with pytest.raises(EcomoptError, match="Fewer rows than classes"): reviews.sample(train=1)
 
 
+# more test sets
+
+def shop(**parts):
+    """A task of two labelled texts in each split."""
+    labelled = {split: Dataset.from_dict({"text": [f"{split} good", f"{split} bad"], "label": [1, 0]})
+                for split in ("train", "valid", "test")}
+    return Task("shop", ("bad", "good"), **labelled | {"transfer": Dataset.from_dict({"text": ["loose"]})} | parts)
+
+
+def rows_with(texts, labels): return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def test_without_more_test_sets_the_fingerprint_is_that_of_version_0_2():
+    assert shop().fingerprint == shop(tests={}).fingerprint == "1b51e25bf89da537"
+    outlet = rows_with(["outlet"], [1])
+    prints = [shop(tests={"a": outlet}), shop(tests={"b": outlet}), shop(tests={"a": rows_with(["outlet"], [0])})]
+    assert len({task.fingerprint for task in prints} | {shop().fingerprint}) == 4
+
+
+@pytest.mark.parametrize("suffix, write", [
+    (".csv", lambda table, path: table.to_csv(path, index=False)),
+    (".jsonl", lambda table, path: table.to_json(path, lines=True, orient="records")),
+])
+def test_test_sets_of_files_and_of_data_sets(tmp_path, suffix, write):
+    path = tmp_path / f"outlet{suffix}"
+    write(pd.DataFrame({"review": ["late", "fast", "late"], "stars": ["bad", "good", "bad"], "more": 1}), path)
+    task = shop().with_tests(text="review", label="stars", outlet=path, web=rows_with(["ok"], [1]))
+    assert list(task.tests) == ["outlet", "web"] and list(task.tests["outlet"]["label"]) == [0, 1, 0]
+    assert task.tests["outlet"]["text"][:] == ["late", "fast", "late"]  # repeated within a test set: kept
+    summary = task.summary()
+    assert dict(summary.rows) == dict(train=2, valid=2, test=2, transfer=1, outlet=3, web=1)
+    assert summary.good["outlet"] == pytest.approx(1 / 3, abs=1e-3) and summary.good["web"] == 1
+    more = task.with_tests(web=rows_with(["never", "ok"], [0, 1]))  # in the place of the earlier one
+    assert list(more.tests) == ["outlet", "web"] and len(more.tests["web"]) == 2 and len(task.tests["web"]) == 1
+    assert replace(task, name="other").fingerprint == task.fingerprint != more.fingerprint
+
+
+def test_texts_that_a_task_has_already_are_left_out_of_a_test_set():
+    copies = ["TRAIN  good", "valid bad", "test good", "Loose", "new"]
+    with pytest.warns(UserWarning, match="4 of 5 texts of the test set 'web' are copies"):
+        task = shop().with_tests(web=rows_with(copies, [1, 0, 1, 1, 0]))
+    assert task.tests["web"][:] == {"text": ["new"], "label": [0]}
+    with pytest.warns(UserWarning, match="1 of 2 texts"):  # a sentence is counted once in all of them together
+        both = shop().with_tests(a=rows_with(["x"], [0]), b=rows_with(["X", "y"], [0, 1]))
+    assert both.tests["b"]["text"][:] == ["y"]
+    refused(lambda: shop().with_tests(web=rows_with(copies[:4], [1, 0, 1, 1])), "4 of 4 texts", "web", "no training saw")
+
+
+def test_a_sample_of_the_test_sets():
+    task = shop().with_tests(web=rows_with([f"web {i}" for i in range(40)], [i % 2 for i in range(40)]))
+    few = task.sample(test=2)
+    assert len(few.tests["web"]) == 2 == len(set(few.tests["web"]["label"])) and len(task.tests["web"]) == 40
+    assert task.sample(train=2).tests["web"] is task.tests["web"] and task.sample(test=0).tests == {}
+    assert task.sample().fingerprint == task.fingerprint
+
+
+def test_test_sets_that_are_none(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nnew,ugly\nnewer,good\n")
+    refused(lambda: shop().with_tests(a=tmp_path / "a.csv"), "no class ugly", "a.csv", "bad, good")
+    refused(lambda: shop().with_tests(a=tmp_path / "a.csv", label="stars"), "no column 'stars'", "a.csv")
+    refused(lambda: shop().with_tests(a=tmp_path / "b.csv"), "cannot be read", "b.csv")
+    refused(lambda: shop().with_tests(a=rows_with(["new"], [2])), "a is from 2 to 2; the classes are 0 to 1")
+    refused(lambda: shop().with_tests(a=rows_with(["new"], ["good"])), "not whole numbers")
+    refused(lambda: shop().with_tests(a=Dataset.from_dict({"text": ["new"]})), "no column 'label'", "a")
+    refused(lambda: shop().with_tests(a=pd.DataFrame({"text": ["new"], "label": [0]})), "DataFrame", do="Dataset")
+    refused(lambda: shop().with_tests(test=rows_with(["new"], [0])), "cannot have the name 'test'")
+    refused(lambda: shop().with_tests(pooled=rows_with(["new"], [0])), "cannot have the name 'pooled'")
+    refused(lambda: shop(tests={"a": rows_with([], [])}), "0 rows")
+    refused(lambda: shop(tests={1: rows_with(["new"], [0])}), "name 1")
+    refused(lambda: shop(tests=[rows_with(["new"], [0])]), "type list", "argument tests")
+
+
+# labels that are no classes
+
+@pytest.mark.parametrize("labels", [
+    ['["a", "b"]', '["b"]', "[]"], ["['a']", "['b', 'a']"], ["[1, 2]", "[3]"], ["['a' 'b']", "['c']"],
+    ["a|b", "a|c", "b|c", "a", "b", "c"], ["late; broken", "broken", "late", "broken; late; dirty"],
+    ["price, size", "size, price", "size"], ["0,1,1", "1,0,0", "0,0,1"],
+    ["Action|Comedy", "Comedy", "Drama", "Comedy|Drama", "Action|Drama|War", "Action"],
+])
+def test_multi_label_columns_are_recognised(tmp_path, labels):
+    table = rows_of(10 * len(labels)).assign(label=labels * 10)
+    refused(lambda: task_of(table, tmp_path), "(multi-label)", "column 'label'", "of each label")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_cells_with_lists_of_labels(tmp_path, suffix):
+    table, path = pd.DataFrame({"text": ["a", "b"], "label": [["x", "y"], ["x"]]}), tmp_path / f"mine{suffix}"
+    if suffix == ".jsonl": table.to_json(path, lines=True, orient="records")
+    else: table.to_parquet(path)
+    refused(lambda: Task.from_csv(path, text="text", label="label"), "2 of 2 rows have several labels (multi-label)",
+            "column 'label'", "of each label")
+
+
+@pytest.mark.parametrize("labels", [
+    ["Food, Drinks", "Toys", "Books; Music"], ["Food", "Drinks", "Food, Drinks"],  # one fixed class
+    ["Clothing, Men", "Clothing, Women", "Shoes, Men", "Shoes, Women"],            # a grid
+    ["Home", "Home | Kitchen", "Home | Kitchen | Knives", "Garden", "Garden | Tools"],  # a hierarchy
+    ["Clothing, other", "Food, other", "other"], ["good", "[bad]", "[a, b"], [";)", ":|", ":;"],
+    ["1,0", "1,5", "2,0", "2,5"], ["a|", "b|", "c"], ["yes, but slow", "slow, but yes"],
+])
+def test_labels_with_separators_are_classes(tmp_path, labels):
+    table = rows_of(10 * len(labels)).assign(label=labels * 10)
+    assert len(task_of(table, tmp_path).labels) == len(labels)
+
+
+@pytest.mark.parametrize("labels", [range(60), range(-30, 30), range(0, 6000, 100)])
+def test_numbers_to_estimate_are_recognised(tmp_path, labels):
+    table = rows_of(600).assign(label=[*labels] * 10)
+    refused(lambda: task_of(table, tmp_path), "60 different numbers", "column 'label'", "ranges")
+    named = table.assign(label=[f"class {label}" for label in table.label])
+    assert len(task_of(named, tmp_path).labels) == 60
+
+
+@pytest.mark.parametrize("classes, rows", [(50, 500), (10, 30), (2, 6), (11, 60)])
+def test_few_numbers_are_classes(tmp_path, classes, rows):
+    table = rows_of(rows).assign(label=[i % classes for i in range(rows)])
+    assert len(task_of(table, tmp_path).labels) == classes
+
+
+def test_numbers_that_seldom_recur_are_none():
+    from ecomopt.core.data import _check_classes_alone
+    refused(lambda: _check_classes_alone(pd.Series([str(i % 30) for i in range(100)]), "mine.csv"), "regression")
+
+
 # files
 
 @pytest.mark.parametrize("suffix, write", [
@@ -275,7 +401,7 @@ def test_a_wrong_column(tmp_path):
         lambda: task_of(rows_of(10), tmp_path, group="customer"),
         "no column 'customer'",
         "mine.csv",
-        "Name one of these",
+        "Choose one of text, label",
     )
 
 

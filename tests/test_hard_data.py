@@ -17,7 +17,16 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    fbeta_score,
+    hamming_loss,
+    make_scorer,
+    matthews_corrcoef,
+)
 
 from ecomopt import EcomoptError
 from ecomopt.core.data import Task, _transfer, connected_components, load_task, normalize, stratified_group_split
@@ -447,6 +456,31 @@ def test_the_metric_is_set_when_a_file_is_read(tmp_path):
     assert own.score([1, 1], [0, 1]) == 0.5
 
 
+@pytest.mark.parametrize("scorer, reference", [
+    ("f1_weighted", partial(f1_score, average="weighted")), ("matthews_corrcoef", matthews_corrcoef),
+    ("f1_macro", partial(f1_score, average="macro")),
+    (make_scorer(fbeta_score, beta=2, average="macro"), partial(fbeta_score, beta=2, average="macro")),
+    (make_scorer(hamming_loss, greater_is_better=False), lambda labels, said: -hamming_loss(labels, said)),
+], ids=str)
+def test_a_scorer_of_scikit_learn_is_a_metric(scorer, reference):
+    labels, predictions = [0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 2]
+    task = replace(tiny.task(), labels=("a", "b", "c"), metric=scorer)
+    assert task.score(labels, predictions) == pytest.approx(reference(labels, predictions))
+    assert task.score(labels, labels) > task.score(labels, predictions)
+    assert task.fingerprint == replace(task, metric=scorer).fingerprint != tiny.task().fingerprint
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "neg_log_loss", "average_precision", "top_k_accuracy",
+                                    make_scorer(brier_score_loss, response_method="predict_proba")], ids=str)
+def test_a_scorer_of_probabilities_is_refused(metric):
+    refused(lambda: replace(tiny.task(), metric=metric), "predict_proba", "f1_weighted")
+
+
+def test_a_scorer_of_two_classes_is_refused_for_three():
+    assert replace(tiny.task(), metric="f1").score([0, 1, 1], [0, 1, 0]) == pytest.approx(2 / 3)
+    refused(lambda: replace(tiny.task(), labels=("a", "b", "c"), metric="f1"), "multiclass", "f1_weighted")
+
+
 def first_metric(labels, predictions): return 1.0
 
 
@@ -461,7 +495,7 @@ def test_the_fingerprint_knows_the_metric():
     assert prints == [replace(task, metric=metric).fingerprint for metric in metrics]
 
 
-@pytest.mark.parametrize("metric, nearest", [("f1", "macro_f1"), ("acuracy", "accuracy"), ("f1_macro", "macro_f1"),
+@pytest.mark.parametrize("metric, nearest", [("macrof1", "macro_f1"), ("acuracy", "accuracy"), ("f1_makro", "f1_macro"),
                                              ("balanced", "balanced_accuracy"), ("", ""), (None, ""), (3, "")])
 def test_a_metric_that_is_none(metric, nearest):
     refused(lambda: replace(tiny.task(), metric=metric), repr(metric), "accuracy, balanced_accuracy, macro_f1", nearest)

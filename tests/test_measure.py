@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -227,6 +228,49 @@ def test_a_comparison_has_a_table_and_a_figure(task):
 def test_labels_are_matched_by_name(task):
     said = measure(fixed(labels=LABELS[::-1]), task, **QUICK)
     assert said.recall == {"negative": 1.0, "positive": 0.0}
+
+
+# ---------------------------------------------------------------- several test sets
+
+def test_each_test_set_and_all_pooled(task):
+    """Always "positive": right for the positive rows of each set."""
+    rows = [{"text": f"web {i}", "label": int(i < 9)} for i in range(12)]
+    more = task.with_tests(web=Dataset.from_list(rows), outlet=Dataset.from_list([{"text": "outlet", "label": 0}]))
+    comparison = compare({"yes": fixed(), "no": fixed(answer=(1.0, 0.0), labels=LABELS)}, more, **QUICK)
+    yes, pair = comparison.measurements["yes"], comparison.pairs["no"]
+    assert {name: (t["sentences"], t["accuracy"]) for name, t in yes.tests.items()} == {
+        "test": (20, 0.5), "web": (12, 0.75), "outlet": (1, 0.0), "pooled": (33, 19 / 33)}
+    assert (yes.sentences, yes.accuracy) == (20, 0.5) and yes.tests["web"]["recall"] == {"negative": 0, "positive": 1}
+    assert {name: (t["lost"], t["gained"]) for name, t in pair.tests.items()} == {
+        "test": (10, 10), "web": (9, 3), "outlet": (0, 1), "pooled": (19, 14)}
+    assert pair.accuracy_change == 0 and pair.tests["pooled"]["accuracy_change"] == -5 / 33
+    table = comparison.tests
+    assert list(table.loc["no"].index) == ["test", "web", "outlet", "pooled"] and table["flips"]["no", "web"] == 12
+    assert list(comparison.answers.index.unique()) == ["test", "web", "outlet"]
+    assert comparison.actual.tolist()[20:] == [1] * 9 + [0] * 4 and comparison.metric == "accuracy"
+    assert Measurement.from_dict(json.loads(json.dumps(yes.to_dict()))) == yes
+
+
+def test_the_score_of_each_test_set_is_by_the_task_s_metric(task):
+    more = replace(task, metric="balanced_accuracy", tests={"web": task.valid.select([0, 1, 3])})
+    tests = measure(fixed(), more, **QUICK).tests
+    assert tests["web"]["score"] == 0.5 != tests["web"]["accuracy"]
+
+
+def test_only_the_test_split_has_more_sets_and_only_it_is_timed(task):
+    log, more = [], replace(task, tests={"web": task.valid})
+    measured = measure(recording("A", log), more, **QUICK)
+    assert [n for _, n in log] == [40, 20, 20, 1, 1, 1]  # quality of both; then warm-ups and rounds
+    assert list(measured.tests) == ["test", "web", "pooled"] and measured.sentences == 20
+    comparison = compare({"A": classifier()}, more, split="valid", **QUICK)
+    assert comparison.measurements["A"].tests == {} == comparison.pairs["A"].tests and comparison.tests.empty
+    assert set(comparison.answers.index) == {"valid"}
+
+
+def test_a_measurement_of_version_0_2_is_read(task):
+    measured = measure(classifier(), task, **QUICK)
+    data = measured.to_dict()
+    assert data.pop("tests") == {} and Measurement.from_dict(data) == measured
 
 
 # ---------------------------------------------------------------- what cannot be measured

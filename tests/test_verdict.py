@@ -1,5 +1,6 @@
 """Verdicts on the drop against a teacher: their error rate, their bounds, and what is refused."""
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy.special import gammaln, xlogy
 from scipy.stats import binomtest, norm
 
 from ecomopt import EcomoptError, noninferiority
-from ecomopt.core.verdict import drop_bound, mean_interval, noninferiority_test
+from ecomopt.core.measure import compare
+from ecomopt.core.verdict import drop_bound, mean_interval, noninferiority_test, verdicts
 
 
 def answers(lost: int, gained: int, n: int):
@@ -142,6 +144,14 @@ def test_other_metrics_by_bootstrap(metric):
     assert verdict == noninferiority_test(*answers(20, 14, 589), 0.02, metric)  # the same seed
 
 
+@pytest.mark.slow
+def test_a_scorer_of_scikit_learn_by_bootstrap():
+    verdict = noninferiority_test(*answers(20, 14, 589), 0.02, "f1_macro")
+    own = noninferiority_test(*answers(20, 14, 589), 0.02, "macro_f1")
+    assert verdict.drop == pytest.approx(own.drop) and abs(verdict.upper - own.upper) < 0.004  # fewer draws
+    assert verdict.metric == "f1_macro" and verdict.outcome == own.outcome
+
+
 def test_same_answers_on_few_sentences_prove_nothing():
     for metric in ("accuracy", "macro_f1"):
         assert "not resolvable" in noninferiority_test(*answers(0, 0, 20), 0.02, metric).outcome
@@ -181,6 +191,43 @@ def test_classifiers_are_compared_by_the_names_of_their_classes():
     assert noninferiority(teacher, other, task, 0.1) == expected
     assert noninferiority(teacher, other, replace(task, metric="macro_f1"), 0.1).metric == "macro_f1"
     assert noninferiority(teacher, other, task, 0.1, split="valid").sentences == len(task.valid)
+
+
+def test_all_test_sets_are_pooled():
+    task, teacher, other = tiny.task(), tiny.classifier(layers=1), tiny.classifier(seed=1, layers=1)
+    whole = task.test
+    two = replace(task, test=whole.select(range(8)), tests={"web": whole.select(range(8, 20))})
+    assert noninferiority(teacher, other, two, 0.1) == noninferiority(teacher, other, task, 0.1)
+    assert noninferiority(teacher, other, two, 0.1, split="valid").sentences == len(task.valid)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", pytest.param("macro_f1", marks=pytest.mark.slow)])
+def test_verdicts_of_a_comparison(metric):
+    task, teacher, other = tiny.task(), tiny.classifier(layers=1), tiny.classifier(seed=1, layers=1)
+    quick = dict(repeats=1, calls=1, threads=1, memory=False)
+    with warnings.catch_warnings(action="ignore"):  # a random model may give one label to all
+        one = compare({"teacher": teacher, "same": teacher, "other": other}, replace(task, metric=metric), **quick)
+        tests = replace(task, metric=metric, tests={"web": task.valid})
+        two = compare({"teacher": teacher, "other": other}, tests, **quick)
+    expected = noninferiority(teacher, other, replace(task, metric=metric), 0.1)
+    assert list(verdicts(one).index) == [("same", "test"), ("other", "test")]
+    row = verdicts(one, 0.1).loc["other", "test"]
+    assert row.outcome == expected.outcome and row.upper == expected.upper and row.metric == metric
+    table = verdicts(two, 0.1).loc["other"]
+    assert list(table.index) == ["test", "web", "pooled"] and list(table.sentences) == [20, 20, 40]
+    assert table.loc["test"].upper == expected.upper and table.loc["pooled"].upper < expected.upper + 0.1
+    pooled = noninferiority_test(two.answers["teacher"], two.answers["other"], two.actual, 0.1, metric)
+    assert table.loc["pooled"].upper == pooled.upper == noninferiority(teacher, other, tests, 0.1).upper
+
+
+def test_verdicts_of_what_is_no_comparison():
+    quick = dict(repeats=1, calls=1, threads=1, memory=False)
+    with warnings.catch_warnings(action="ignore"):
+        alone = compare({"teacher": tiny.classifier(layers=1)}, tiny.task(), **quick)
+    assert verdicts(alone).empty
+    with pytest.raises(EcomoptError, match="no comparison"): verdicts(alone.table)
+    with pytest.raises(EcomoptError, match="margin"):
+        verdicts(replace(alone, answers=alone.answers.assign(other=0)), margin=0)
 
 
 def test_texts_without_labels_bound_the_drop_by_disagreement():

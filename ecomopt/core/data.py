@@ -7,17 +7,16 @@ __all__ = ['normalize', 'connected_components', 'stratified_group_split', 'Task'
 
 # %% ../../nbs/core/11_data.ipynb #f295ed6a
 import csv
-import difflib
 import hashlib
 import html
 import io
 import json
-import math
 import random
 import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import pandas as pd
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from scipy.sparse import coo_array, csgraph
+from sklearn import base, metrics
 
 from .. import EcomoptError
 from . import checks
@@ -151,14 +151,12 @@ def _some(values) -> str:
 
 def _check_columns(names: list, columns: list[str], where: str) -> None:
     "Raise for a column that is not there, or there twice."
+    place = f"{where} (columns: {_some(names)})"
     for column in columns:
         count = names.count(column)
-        if count == 1: continue
-        near = difflib.get_close_matches(column, map(str, names), n=1)
-        do = f"Did you mean {near[0]!r}?" if near else "Name one of these columns."
-        what = f"{count} columns are called" if count else "There is no column"
-        if count: do = "Rename or remove all of them but one."
-        raise EcomoptError(f"{what} {column!r}.", f"{where} (columns: {_some(names)})", do)
+        if not count: raise checks._unknown("column", column, names, place)
+        do = "Rename or remove all of them but one."
+        if count > 1: raise EcomoptError(f"{count} columns are called {column!r}.", place, do)
 
 
 def _check_rows(rows: pd.DataFrame, fractions: dict[str, float], where: str) -> None:
@@ -173,14 +171,7 @@ _METRICS = {  # of each class, t: correct predictions, N: rows, P: predictions
     "balanced_accuracy": lambda t, N, P: (t[N > 0] / N[N > 0]).mean(),
     "macro_f1": lambda t, N, P: (2 * t[N + P > 0] / (N + P)[N + P > 0]).mean(),
 }
-
-
-def _check_metric(metric: object) -> None:
-    "Raise if there is no such metric."
-    if callable(metric) or isinstance(metric, str) and metric in _METRICS: return
-    near = difflib.get_close_matches(str(metric), _METRICS, n=1, cutoff=0)[0]
-    where = f"the metrics: {', '.join(_METRICS)}, or a function f(labels, predictions) -> float"
-    raise EcomoptError(f"There is no metric {metric!r}.", where, f"Did you mean {near!r}?")
+_Scorer = type(metrics.get_scorer("accuracy"))  # of all scorers of scikit-learn
 
 
 def _counted(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -189,28 +180,39 @@ def _counted(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
     numbers = labels[labels == predictions], labels, predictions
     return _METRICS[name](*(np.bincount(n, minlength=classes) for n in numbers))
 
+
+class _Answered(base.BaseEstimator):
+    "A model that has made its predictions; a scorer of scikit-learn asks it for them."
+    def __init__(self, predictions: np.ndarray): self.predictions = predictions
+    def predict(self, X) -> np.ndarray: return self.predictions
+
+
+def _check_metric(metric: object, classes: int = 2) -> None:
+    "Raise if there is no such metric, or if it needs more than the predicted classes."
+    if _metric(metric) is not metric: _evaluate(metric, np.arange(classes), np.arange(classes))
+
 # %% ../../nbs/core/11_data.ipynb #f496df4f
-def _class_numbers(values: Sequence[int], name: str, classes: int) -> np.ndarray:
-    "Labels or predictions as an array; what is no class of the task is an error."
-    try: numbers = np.asarray(values[:] if isinstance(values, Sequence) else values)
-    except (TypeError, ValueError): numbers = np.asarray(None)
-    if numbers.ndim != 1 or not len(numbers): fault = f"of shape {list(numbers.shape)}, not [rows]"
-    elif numbers.dtype.kind not in "iu": fault = f"of type {numbers.dtype}, not whole numbers"
-    elif numbers.min() >= 0 and numbers.max() < classes: return numbers.astype(np.int64)
-    else: fault = f"from {numbers.min()} to {numbers.max()}; the classes are 0 to {classes - 1}"
-    do = "Give the index of a class for each row; of logits, logits.argmax(1)."
-    raise EcomoptError(f"{name} is {fault}.", f"Task.score, argument {name}", do)
+def _metric(metric: str | Callable) -> Callable:
+    "A metric as a function f(labels, predictions); raise if there is none of this name."
+    names = [*_METRICS, *metrics.get_scorer_names()]
+    if isinstance(metric, str) and metric in _METRICS: return partial(_counted, metric)
+    scorer = metrics.get_scorer(metric) if isinstance(metric, str) and metric in names else metric
+    if isinstance(scorer, _Scorer):
+        return lambda labels, predictions: scorer(_Answered(predictions), labels, labels)
+    if callable(metric): return metric
+    where = f"the metrics: {', '.join(_METRICS)}, a scorer of scikit-learn, f(labels, predictions)"
+    raise checks._unknown("metric", metric, names, where)
 
 
 def _evaluate(metric: str | Callable, labels: np.ndarray, predictions: np.ndarray) -> float:
     "The value of a metric; one that fails, or is no finite number, is an error."
-    function = metric if callable(metric) else partial(_counted, metric)
-    do = "Give a function f(labels, predictions) -> float, such as sklearn.metrics.accuracy_score."
+    do = "Take one of predicted classes: 'f1_weighted', or a function f(labels, predictions)."
+    function = _metric(metric)
     try: value = float(function(labels, predictions))
     except Exception as error:
         what = f"The metric {metric!r} fails: {type(error).__name__}: {error}."
         raise EcomoptError(what, "Task.score", do) from error
-    if math.isfinite(value): return value
+    if np.isfinite(value): return value
     raise EcomoptError(f"The metric {metric!r} is {value}.", "Task.score", do)
 
 # %% ../../nbs/core/11_data.ipynb #d5f46267
@@ -224,13 +226,32 @@ class Task:
     test: Dataset            # to report, used once
     transfer: Dataset        # text, domain; no labels; may be None
     metric: str | Callable = "accuracy"  # what models are compared by; see `score`
+    tests: dict[str, Dataset] = field(default_factory=dict)  # more test sets by name; as `test`
 
     def __post_init__(self):
-        _check_metric(self.metric)
+        _check_metric(self.metric, len(self.labels))
         if self.transfer is None:
             nothing = Dataset.from_dict({"text": [], "domain": []}, _UNLABELLED)
             object.__setattr__(self, "transfer", nothing)
         for split in _SPLITS: _check_split(getattr(self, split), split)
+        self._check_tests()
+
+    def _check_tests(self) -> None:
+        "Raise for test sets without a name of their own, or without rows."
+        if not isinstance(self.tests, Mapping):
+            what = f"tests is of the type {type(self.tests).__name__}."
+            raise EcomoptError(what, "Task, argument tests", "Give {name: Dataset}.")
+        for name, part in self.tests.items():
+            _check_split(part, name)
+            is_new = isinstance(name, str) and name not in (*_SPLITS, "pooled")
+            if is_new and len(part): continue
+            what = f"A test set cannot have the name {name!r} and {len(part)} rows."
+            raise EcomoptError(what, "Task, argument tests", "Give another name, and rows.")
+        object.__setattr__(self, "tests", dict(self.tests))
+
+    def _parts(self) -> dict[str, Dataset]:
+        "All splits and test sets, by name."
+        return {split: getattr(self, split) for split in _SPLITS} | self.tests
 
     @classmethod
     def from_csv(
@@ -243,13 +264,60 @@ class Task:
         test: float = 0.2,         # fraction of the rows to report; 0 for none
         seed: int = 0,             # another seed, another split
         name: str | None = None,   # the task's name; the file's without one
-        metric: str | Callable = "accuracy",  # or "balanced_accuracy", "macro_f1", your function
+        metric: str | Callable = "accuracy",  # or "macro_f1", a scikit-learn scorer, a function
     ) -> "Task":
         "Make a task of your own file; no group and no copy of a text crosses its splits."
         columns = _columns(text, label, group)
         path = _user_path(path)
         rows = _rows(_read(path, list(dict.fromkeys(columns.values()))), columns, str(path))
+        _check_classes_alone(rows.label, f"{path}, column {label!r}")
         return _task(name or path.stem, rows, valid, test, seed, str(path), metric)
+
+    def with_tests(
+        self,
+        text: str = "text",             # the column of the texts in files
+        label: str = "label",           # the column of the classes in files, by their names
+        **tests: str | Path | Dataset,  # by name: a file, or a data set with class numbers
+    ) -> "Task":
+        "The task with more test sets; texts that it has already are left out, with a warning."
+        parts = {name: part for name, part in self._parts().items() if name not in tests}
+        added = {}
+        for name, given in tests.items():
+            is_file = isinstance(given, (str, Path))
+            part = self._read_test(given, text, label) if is_file else given
+            _check_split(part, name)
+            self._class_numbers(part["label"], name, "Task.with_tests")
+            known = {normalize(row) for one in (parts | added).values() for row in one["text"]}
+            new = [i for i, row in enumerate(part["text"]) if normalize(row) not in known]
+            what = f"{len(part) - len(new)} of {len(part)} texts of the test set {name!r} are"
+            what += " copies of texts that the task has already"
+            if not new: raise EcomoptError(f"{what}.", name, "Give texts that no training saw.")
+            if len(new) < len(part): warnings.warn(f"{what}; they are left out.", stacklevel=2)
+            added[name] = part.select(new)
+        return replace(self, tests=self.tests | added)
+
+    def _read_test(self, path: str | Path, text: str, label: str) -> Dataset:
+        "A file as a test set: its labels are the task's classes."
+        columns, path = _columns(text, label, None), _user_path(path)
+        rows = _rows(_read(path, list(columns.values())), columns, str(path))
+        others = sorted(set(rows.label) - set(self.labels))
+        if others:
+            do = f"The classes are {_some(self.labels)}: rename these, or remove their rows."
+            raise EcomoptError(f"The task has no class {_some(others)}.", str(path), do)
+        numbered = rows.assign(label=rows.label.map(self.labels.index))[list(_LABELLED)]
+        return Dataset.from_pandas(numbered, _LABELLED, preserve_index=False)
+
+    def _class_numbers(self, values: Sequence[int], name: str, where: str) -> np.ndarray:
+        "Labels or predictions as an array; what is no class of the task is an error."
+        try: numbers = np.asarray(values[:] if isinstance(values, Sequence) else values)
+        except (TypeError, ValueError): numbers = np.asarray(None)
+        shape, last = list(numbers.shape), len(self.labels) - 1
+        if len(shape) != 1 or not shape[0]: fault = f"of shape {shape}, not [rows]"
+        elif numbers.dtype.kind not in "iu": fault = f"of type {numbers.dtype}, not whole numbers"
+        elif numbers.min() >= 0 and numbers.max() <= last: return numbers.astype(np.int64)
+        else: fault = f"from {numbers.min()} to {numbers.max()}; the classes are 0 to {last}"
+        do = "Give the index of a class for each row; of logits, logits.argmax(1)."
+        raise EcomoptError(f"{name} is {fault}.", f"{where}, argument {name}", do)
 
     def score(
         self,
@@ -257,8 +325,8 @@ class Task:
         predictions: Sequence[int],  # [rows] the predicted classes
     ) -> float:                      # the higher, the better
         "The task's metric of these predictions."
-        labels = _class_numbers(labels, "labels", len(self.labels))
-        predictions = _class_numbers(predictions, "predictions", len(self.labels))
+        labels = self._class_numbers(labels, "labels", "Task.score")
+        predictions = self._class_numbers(predictions, "predictions", "Task.score")
         if len(labels) == len(predictions): return _evaluate(self.metric, labels, predictions)
         what = f"There are {len(labels)} labels and {len(predictions)} predictions."
         raise EcomoptError(what, "Task.score", "Give a prediction for each label.")
@@ -267,6 +335,7 @@ class Task:
     def fingerprint(self) -> str:  # 16 hexadecimal digits
         "A hash of everything a result can depend on: the labels, the metric and all rows."
         rows = {split: getattr(self, split).to_dict() for split in _SPLITS}
+        if self.tests: rows["tests"] = {name: part.to_dict() for name, part in self.tests.items()}
         metric = self.metric if isinstance(self.metric, str) else Hasher.hash(self.metric)
         content = json.dumps([self.labels, metric, rows])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -275,7 +344,7 @@ class Task:
         self,
         train: int | None = None,     # rows to keep; all without a number
         valid: int | None = None,     # the same
-        test: int | None = None,      # the same
+        test: int | None = None,      # the same, also of each of `tests`; 0 for none of them
         transfer: int | None = None,  # the same; it has no classes to balance
         seed: int = 0,                # another seed, other rows
     ) -> "Task":                      # the whole task without numbers
@@ -283,21 +352,25 @@ class Task:
         if train is not None and checks._whole_number(train, "train", low=0) < len(self.labels):
             do = f"Keep {len(self.labels)} or more."
             raise EcomoptError("Fewer rows than classes.", f"sample(train={train})", do)
-        parts = {}
-        for split, n in zip(_SPLITS, (train, valid, test, transfer)):
+        sizes = dict(zip(_SPLITS, (train, valid, test, transfer))) | dict.fromkeys(self.tests, test)
+        parts = self._parts()
+        for name, n in sizes.items():
             if n is None: continue
-            part = getattr(self, split)
-            labels = [0] * len(part) if split == "transfer" else part["label"][:]
-            parts[split] = part.select(_balanced(labels, checks._whole_number(n, split, 0), seed))
-        return replace(self, **parts)
+            labels = [0] * len(parts[name]) if name == "transfer" else parts[name]["label"][:]
+            rows = _balanced(labels, checks._whole_number(n, name, 0), seed)
+            parts[name] = parts[name].select(rows)
+        tests = {name: parts.pop(name) for name in self.tests}
+        return replace(self, **parts, tests={name: p for name, p in tests.items() if len(p)})
 
     def summary(self) -> pd.DataFrame:  # a row for each split: its rows, the fraction of each class
-        "How large each split is, and how the classes are balanced in it."
-        rows = pd.Series({split: len(getattr(self, split)) for split in _SPLITS}, name="rows")
+        "How large each split and test set is, and how the classes are balanced in it."
+        parts = self._parts()
+        rows = pd.Series({name: len(part) for name, part in parts.items()}, name="rows")
         balance = {}
-        for split in _SPLITS[:3]:
-            counts = np.bincount(getattr(self, split)["label"][:], minlength=len(self.labels))
-            balance[split] = counts / max(1, rows[split])
+        for name, part in parts.items():
+            if name == "transfer": continue
+            counts = np.bincount(part["label"][:], minlength=len(self.labels))
+            balance[name] = counts / max(1, rows[name])
         balance = pd.DataFrame(balance, index=list(self.labels))
         return pd.concat([rows, balance.T.round(3)], axis=1)
 
@@ -492,10 +565,12 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 def _cell_fault(value: object, role: str) -> str | None:
     "What is wrong with a cell; None if it can be used."
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    is_text = isinstance(value, str) or is_number and not abs(value) == math.inf
+    is_text = isinstance(value, str) or is_number and not abs(value) == np.inf
     is_scalar = not isinstance(value, (bytes, list, tuple, dict, set, np.ndarray))
     if is_scalar and (pd.isna(value) or normalize(str(value)) in ("", "nan")):
         return f"an empty {role}"
+    is_list = isinstance(value, (list, tuple, set, np.ndarray))
+    if role == "label" and is_list: return "several labels (multi-label)"
     if not (is_text if role == "text" else is_scalar):
         return f"a {role} of the type {type(value).__name__}"
     return f"a {role} that is not valid Unicode" if checks._text_fault(str(value)) else None
@@ -508,12 +583,10 @@ def _check_cells(rows: pd.DataFrame, columns: dict[str, str], where: str) -> Non
         if faults.isna().all(): continue
         fault = faults.dropna().iloc[0]
         at = faults.index[faults == fault] + 1
-        raise EcomoptError(
-            f"{len(at)} of {len(rows)} rows have {fault}: rows {_some(at)}.",
-            f"{where}, column {column!r}",
-            "Fill, correct or remove these rows (the first row of data is row 1).",
-        )
-
+        do = "Fill, correct or remove these rows (the first row of data is row 1)."
+        what = f"{len(at)} of {len(rows)} rows have {fault}: rows {_some(at)}."
+        if "multi-label" in fault: do = _ONE_LABEL
+        raise EcomoptError(what, f"{where}, column {column!r}", do)
 
 # %% ../../nbs/core/11_data.ipynb #c0964eeb
 def _number(label: str) -> Decimal | None:
@@ -543,6 +616,9 @@ def _class_names(labels: pd.Series, where: str) -> pd.Series:
     raise EcomoptError(what, where, "Make classes of them: round them, or cut them into ranges.")
 
 # %% ../../nbs/core/11_data.ipynb #abca94e0
+_ONE_LABEL = "Here a text has one label: make a yes/no column, and a task, of each label."
+
+
 def _columns(text: str, label: str, group: str | None) -> dict[str, str]:
     "Role → column."
     columns = {"text": text, "label": label} | ({} if group is None else {"group": group})
@@ -563,6 +639,33 @@ def _rows(table: pd.DataFrame, columns: dict[str, str], where: str) -> pd.DataFr
     rows["label"] = _class_names(rows.label, f"{where}, column {columns['label']!r}")
     rows["group"] = rows.group.str.strip() if "group" in rows else rows.index.astype(str)
     return rows
+
+# %% ../../nbs/core/11_data.ipynb #6d0335b7
+def _is_multi_label(names: list[str]) -> bool:
+    "Whether labels are lists: in brackets, or of parts that stand in several places of several."
+    bracketed = [name for name in names if name[0] + name[-1] == "[]"]
+    if any(name[1] in "]'\"0123456789" for name in bracketed): return True
+    for separator in "|;,":
+        lists = [[part.strip() for part in name.split(separator)] for name in names]
+        pairs = {(part, place) for parts in lists for place, part in enumerate(parts)}
+        places = Counter(part for part, _ in pairs)
+        longer = [parts for parts in lists if len(parts) > 1]
+        used = {part for parts in longer for part in parts}
+        moving = [part for part in used if places[part] > 1]
+        if len(longer) > 1 and len(moving) >= len(used) / 2: return True
+    return False
+
+
+def _check_classes_alone(labels: pd.Series, where: str) -> None:
+    "Raise for labels that are several classes at once, or numbers to estimate."
+    names = labels.unique().tolist()
+    what = f"Labels are lists of labels (multi-label): {_some(names)}."
+    if _is_multi_label(names): raise EcomoptError(what, where, _ONE_LABEL)
+    if len(names) <= max(10, min(50, len(labels) / 5)): return
+    if not all(name.lstrip("+-").isdecimal() for name in names): return
+    what = f"The labels are {len(names)} different numbers, as of a regression, not classes."
+    do = "Cut them into ranges (pandas.cut). If each is a class, name it: 'class 7'."
+    raise EcomoptError(what, where, do)
 
 # %% ../../nbs/core/11_data.ipynb #d003c40a
 def _balanced(labels: list[int], n: int, seed: int) -> pd.Index:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
 
@@ -96,6 +96,15 @@ def interleave(
                 seconds[name].append(perf_counter() - start)
     return {name: np.array(s).reshape(len(rounds), -1) for name, s in seconds.items()}
 
+
+@contextlib.contextmanager
+def _threads(number: int):
+    "Let torch use this many threads within the block."
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../../nbs/core/14_measure.ipynb #30d5e795
 MACS_TOKENS = 32  # the length of the sentence that MACs are counted for
 
@@ -167,7 +176,7 @@ def _peak_memory(path: str, texts: list[str], threads: int, batch_size: int) -> 
 class Measurement:
     "Quality, speed and size of one classifier, with the conditions they were measured under."
     task: str                               # its name
-    split: str                              # train, valid or test
+    split: str                              # train, valid or test; what follows is of it alone
     sentences: int                          # in the split
     accuracy: float                         # fraction
     accuracy_interval: tuple[float, float]  # 95 %, Wilson
@@ -183,6 +192,7 @@ class Measurement:
     parameters: int                         # weights and biases
     macs: int                               # multiply-adds of conditions["macs_tokens"] tokens
     conditions: dict                        # data, device, machine, options, versions
+    tests: dict[str, dict] = field(default_factory=dict)  # quality on each test set, and "pooled"
 
     def to_dict(self) -> dict:
         "Plain data, ready for JSON."
@@ -194,11 +204,14 @@ class Measurement:
         data: dict,  # what `to_dict` returned, also by way of JSON
     ) -> "Measurement":
         "The same measurement again."
+        data = {"tests": {}} | data  # version 0.2 had no test sets
         if wrong := data.keys() ^ cls.__dataclass_fields__.keys():
             what = f"Wrong fields: {sorted(wrong)}."
             raise EcomoptError(what, "Measurement.from_dict", "Measure again.")
-        def as_tuple(value): return tuple(value) if isinstance(value, list) else value
-        return cls(**{name: as_tuple(value) for name, value in data.items()})
+        def with_tuples(value):
+            if isinstance(value, dict): return {name: with_tuples(v) for name, v in value.items()}
+            return tuple(value) if isinstance(value, list) else value
+        return cls(**with_tuples(data))
 
 # %% ../../nbs/core/14_measure.ipynb #0dc318d0
 @dataclass(frozen=True)
@@ -214,6 +227,7 @@ class PairedComparison:
     speedup_iqr: tuple[float, float]               # quartiles of the rounds' ratios
     latency_speedup: float                         # of p50 latency; median of the rounds' ratios
     latency_speedup_iqr: tuple[float, float]       # quartiles of the rounds' ratios
+    tests: dict[str, dict] = field(default_factory=dict)  # as `paired_quality`, by test set
 
 
 def _draw(axis: plt.Axes, name: str, m: Measurement, area: float) -> None:
@@ -275,12 +289,36 @@ class Comparison:
     measurements: dict[str, Measurement]  # by name
     pairs: dict[str, PairedComparison]  # each with the first, the first with itself
     rounds: pd.DataFrame  # one row a round; columns ("sentences/s" or "p50 ms", name)
+    answers: pd.DataFrame  # class numbers: one row a sentence, by test set; one column a classifier
+    actual: pd.Series  # the true class numbers of these sentences
+    metric: str | Callable  # of the task
 
     @property
     def table(self) -> pd.DataFrame:
         "One row a classifier."
         rows = [_row(m, self.pairs[name]) for name, m in self.measurements.items()]
         return pd.DataFrame(rows, index=[*self.measurements])
+
+    @property
+    def tests(self) -> pd.DataFrame:
+        "One row a classifier and test set, and one for all pooled; empty if there is one set."
+        rows = {}
+        for name, m in self.measurements.items():
+            for test, found in m.tests.items():
+                pair = self.pairs[name].tests[test]
+                interval = 100 * np.array(found["accuracy_interval"])
+                change = 100 * np.array(pair["accuracy_change_interval"])
+                rows[name, test] = {
+                    "sentences": found["sentences"],
+                    "accuracy %": round(100 * found["accuracy"], 1),
+                    "95 % interval": "{:.1f} to {:.1f}".format(*interval),
+                    "macro F1 %": round(100 * found["macro_f1"], 1),
+                    "flips": pair["flips"],
+                    "accuracy change": round(100 * pair["accuracy_change"], 1),
+                    "change, 95 %": "{:+.1f} to {:+.1f}".format(*change),
+                }
+        index = pd.MultiIndex.from_tuples([*rows], names=["classifier", "test set"])
+        return pd.DataFrame([*rows.values()], index=index)
 
     @property
     def recall(self) -> pd.DataFrame:
@@ -294,8 +332,8 @@ class Comparison:
 # %% ../../nbs/core/14_measure.ipynb #369cb3dc
 def _check(
     classifiers: dict[str, Classifier], task: Task, split: str, options: dict[str, int]
-) -> tuple[list[str], np.ndarray]:
-    "The texts and class numbers of a labelled split, if there is something to measure."
+) -> pd.DataFrame:
+    "The rows (text, label) to measure on, by test set; raise if there are none."
     if not classifiers:
         do = 'Pass {"teacher": classifier, …}.'
         raise EcomoptError("There is nothing to measure: no classifiers.", "compare", do)
@@ -306,16 +344,16 @@ def _check(
         what = f"Split {split!r} has no labelled rows to measure on."
         do = "Name a split with rows: 'test', or 'valid' while you are still choosing."
         raise EcomoptError(what, f"task {task.name!r}", do)
-    return list(rows["text"]), np.array(rows["label"])
+    sets = {split: rows} | (task.tests if split == "test" else {})
+    tables = {name: part.to_pandas()[["text", "label"]] for name, part in sets.items()}
+    return pd.concat(tables).droplevel(1)
 
 
-@contextlib.contextmanager
-def _threads(number: int):
-    "Let torch use this many threads within the block."
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try: yield
-    finally: torch.set_num_threads(before)
+def _by_test(evaluate: Callable, *classes: pd.Series) -> dict[str, dict]:
+    "What a function says of each test set and of all pooled; nothing where there is one set."
+    parts = {name: [c.loc[[name]] for c in classes] for name in classes[0].index.unique()}
+    parts = parts | {"pooled": classes} if len(parts) > 1 else {}
+    return {name: evaluate(*(c.to_numpy() for c in part)) for name, part in parts.items()}
 
 # %% ../../nbs/core/14_measure.ipynb #936f72d4
 def _predict(
@@ -336,11 +374,13 @@ def _predict(
     return logits[:, order].argmax(-1).numpy()
 
 
-def _speed(rounds: pd.DataFrame, ms: dict[str, np.ndarray], name: str) -> dict:
-    "Latency and throughput of one classifier."
-    low, middle, high = np.percentile(rounds["sentences/s"][name], [25, 50, 75]).tolist()
-    latency = {f"p{q}": float(np.percentile(ms[name], q)) for q in (50, 95, 99)}
-    return {"latency_ms": latency, "throughput": middle, "throughput_iqr": (low, high)}
+def _answers(
+    classifiers: dict[str, Classifier], rows: pd.DataFrame, labels: Sequence[str], batch_size: int
+) -> pd.DataFrame:
+    "Class numbers: one row a sentence, one column a classifier."
+    texts = list(rows.text)
+    found = {name: _predict(name, c, texts, labels, batch_size) for name, c in classifiers.items()}
+    return pd.DataFrame(found, index=rows.index)
 
 # %% ../../nbs/core/14_measure.ipynb #ec3586eb
 def _speedups(rounds: pd.DataFrame, first: str, second: str) -> dict:
@@ -353,13 +393,16 @@ def _speedups(rounds: pd.DataFrame, first: str, second: str) -> dict:
 
 
 def _pairs(
-    predicted: dict[str, np.ndarray], actual: np.ndarray, rounds: pd.DataFrame, seed: int
+    answers: pd.DataFrame, actual: pd.Series, rounds: pd.DataFrame, seed: int
 ) -> dict[str, PairedComparison]:
     "Each classifier compared with the first."
-    pairs, first = {}, next(iter(predicted))
-    for name, classes in predicted.items():
-        quality_pair = paired_quality(predicted[first], classes, actual, seed)
-        pairs[name] = PairedComparison(**quality_pair, **_speedups(rounds, first, name))
+    pairs, split, first = {}, answers.index[0], answers.columns[0]
+    evaluate = partial(paired_quality, seed=seed)
+    for name in answers:
+        classes = answers[first], answers[name], actual
+        fields = evaluate(*(c.loc[[split]].to_numpy() for c in classes))
+        fields |= _speedups(rounds, first, name) | {"tests": _by_test(evaluate, *classes)}
+        pairs[name] = PairedComparison(**fields)
     return pairs
 
 # %% ../../nbs/core/14_measure.ipynb #ce6a901d
@@ -380,6 +423,13 @@ def time_interleaved(
     columns = {("sentences/s", name): len(texts) / s[:, 0] for name, s in batches.items()}
     columns |= {("p50 ms", name): 1000 * np.median(s, axis=1) for name, s in singles.items()}
     return pd.DataFrame(columns), {name: 1000 * seconds for name, seconds in singles.items()}
+
+
+def _speed(rounds: pd.DataFrame, ms: dict[str, np.ndarray], name: str) -> dict:
+    "Latency and throughput of one classifier."
+    low, middle, high = np.percentile(rounds["sentences/s"][name], [25, 50, 75]).tolist()
+    latency = {f"p{q}": float(np.percentile(ms[name], q)) for q in (50, 95, 99)}
+    return {"latency_ms": latency, "throughput": middle, "throughput_iqr": (low, high)}
 
 # %% ../../nbs/core/14_measure.ipynb #69de40db
 def _size(
@@ -410,7 +460,7 @@ def _conditions(classifier: Classifier, task: Task, options: dict) -> dict:
 def compare(
     classifiers: dict[str, Classifier],  # by name; the first is the baseline of all comparisons
     task: Task,                          # whose labels they predict
-    split: str = "test",                 # "valid" while you are still choosing
+    split: str = "test",                 # with all test sets; "valid" while still choosing
     repeats: int = 5,                    # rounds, in each of which every classifier is timed
     threads: int = 2,                    # of torch, the same for all
     calls: int = 40,                     # sentences a round that are classified one by one
@@ -420,26 +470,34 @@ def compare(
 ) -> Comparison:
     "Measure classifiers side by side: quality on the same sentences, speed in the same rounds."
     options = {"repeats": repeats, "threads": threads, "calls": calls, "batch_size": batch_size}
-    texts, actual = _check(classifiers, task, split, options)
-    measured, predicted = {}, {}
+    rows = _check(classifiers, task, split, options)
+    texts = list(rows.text.loc[[split]])
     with _threads(threads):
-        for name, c in classifiers.items():
-            predicted[name] = _predict(name, c, texts, task.labels, batch_size)
+        answers = _answers(classifiers, rows, task.labels, batch_size)
         rounds, ms = time_interleaved(classifiers, texts, repeats, calls, batch_size, seed)
+    measured = {}
     for name, c in classifiers.items():
-        fields = quality(predicted[name], actual, task.labels)
-        fields |= _speed(rounds, ms, name) | _score(name, predicted[name], actual, task)
+        fields = _quality(name, answers[name], rows, task) | _speed(rounds, ms, name)
         fields |= _size(c, texts, threads, batch_size, memory) | _conditions(c, task, options)
-        measured[name] = Measurement(task.name, split, len(texts), **fields)
-    return Comparison(measured, _pairs(predicted, actual, rounds, seed), rounds)
+        measured[name] = Measurement(task.name, split, **fields)
+    pairs = _pairs(answers, rows.label, rounds, seed)
+    return Comparison(measured, pairs, rounds, answers, rows.label, task.metric)
 
 # %% ../../nbs/core/14_measure.ipynb #4fa97a2e
-def _score(name: str, predicted: np.ndarray, actual: np.ndarray, task: Task) -> dict:
-    "The score by the task's metric; a class that is never predicted gets a warning."
-    names = np.array(task.labels)
+def _scored(predicted: np.ndarray, actual: np.ndarray, task: Task) -> dict:
+    "Quality, and the score by the task's metric."
+    score = task.score(actual.tolist(), predicted.tolist())
+    return quality(predicted, actual, task.labels) | dict(sentences=len(actual), score=score)
+
+
+def _quality(name: str, predicted: pd.Series, rows: pd.DataFrame, task: Task) -> dict:
+    "Quality on the split and on each test set; a class that is never predicted gets a warning."
+    tests = _by_test(partial(_scored, task=task), predicted, rows.label)
+    split, names = rows.index[0], np.array(task.labels)
+    predicted, actual = (c.loc[[split]].to_numpy() for c in (predicted, rows.label))
     _warn_missing(name, names[actual].tolist(), names[predicted].tolist())
     metric = getattr(task.metric, "__name__", str(task.metric))
-    return dict(metric=metric, score=float(task.score(actual.tolist(), predicted.tolist())))
+    return _scored(predicted, actual, task) | dict(metric=metric, tests=tests)
 
 
 def measure(

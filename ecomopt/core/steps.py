@@ -6,7 +6,6 @@
 __all__ = ['StepKind', 'register_step', 'step_kinds', 'step_kind']
 
 # %% ../../nbs/core/05_steps.ipynb #f3a13ff4
-import difflib
 import importlib
 import inspect
 import math
@@ -17,15 +16,9 @@ from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from .. import EcomoptError
+from .checks import _unknown
 
 # %% ../../nbs/core/05_steps.ipynb #987b163c
-def _unknown(what: str, name: object, known: Iterable[str], where: str) -> EcomoptError:
-    "The error for a name that is not known, with the nearest one."
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    do = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(known) or 'none'}."
-    return EcomoptError(f"There is no {what} {reprlib.repr(name)}.", where, do)
-
-
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string",
           NoneType: "null (None)"}
 

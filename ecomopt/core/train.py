@@ -28,7 +28,7 @@ from transformers import (
 from .. import EcomoptError
 from . import pretrained
 from .assets import ASSETS, _user_path, cache_dir, cached, fetch
-from .checks import _first_line, _positive_number, _text_rows, _whole_number
+from .checks import _first_line, _positive_number, _text_rows, _unknown, _whole_number
 from .data import Task
 
 # %% ../../nbs/core/12_train.ipynb #7dcde563
@@ -103,8 +103,7 @@ def _model_path(name: str | Path) -> str | Path:
     if isinstance(name, str) and not name.startswith((".", "/", "~")):
         near = difflib.get_close_matches(name, models, n=1, cutoff=0.75)
         if not near or Path(name).is_dir(): return name
-        what, do = f"There is no model {name!r}.", f"Did you mean {near[0]!r}?"
-        raise EcomoptError(what, f"the assets: {', '.join(models)}", do)
+        raise _unknown("model", name, near, f"the assets: {', '.join(models)}")
     path = _user_path(name) if isinstance(name, (str, Path)) else None
     if path and path.is_dir(): return path
     what = f"There is no directory {str(name)[:200]!r}."
@@ -192,9 +191,7 @@ def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:
         )
     names = [field.name for field in fields(TrainingArguments)]
     for name in others.keys() - set(names):
-        near = difflib.get_close_matches(name, [*names, *numbers], n=1)
-        do = f"Did you mean {near[0]!r}?" if near else "Look the name up in its documentation."
-        raise EcomoptError(f"There is no argument {name!r}.", "TrainingArguments", do)
+        raise _unknown("argument", name, [*numbers, *names], "TrainingArguments")
     return numbers
 
 # %% ../../nbs/core/12_train.ipynb #169cbb00

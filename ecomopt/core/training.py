@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/core/04_training.ipynb #11561d92
-import difflib
 import importlib
 import os
 import warnings
@@ -24,7 +23,7 @@ from safetensors.torch import save_model as save_safetensors
 from transformers import TrainerCallback, TrainingArguments
 
 from .. import EcomoptError
-from .checks import _first_line, _fork_safe_lock, _positive_number, _typed
+from .checks import _first_line, _fork_safe_lock, _positive_number, _typed, _unknown
 
 # %% ../../nbs/core/04_training.ipynb #b9b261e9
 _training = _fork_safe_lock()
@@ -132,12 +131,10 @@ def _parse_options(words: list[str], types: dict) -> dict:
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         what = f"Options are pairs of name and value, not {' '.join(words)!r}."
         raise EcomoptError(what, where, "Write --epochs 2, for example.")
-    names = [name[2:].replace("-", "_") for name in names]
+    known = ["--" + name.replace("_", "-") for name in types]
     for name in names:
-        if name in types: continue
-        near = difflib.get_close_matches(name, types, n=1)
-        do = f"Did you mean --{near[0].replace('_', '-')}?" if near else "See --help."
-        raise EcomoptError(f"There is no option --{name.replace('_', '-')}.", where, do)
+        if name.replace("_", "-") not in known: raise _unknown("option", name, known, where)
+    names = [name[2:].replace("-", "_") for name in names]
     return {name: _typed(text, types[name], name) for name, text in zip(names, values)}
 
 # %% ../../nbs/core/04_training.ipynb #70be69aa

@@ -40,10 +40,10 @@ from ..compress.share import codebooks_to_int8, share_weights
 from ..compress.structured import prune_structured
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
-from ..core.checks import _first_line, _whole_number
+from ..core.checks import _first_line, _unknown, _whole_number
 from ..core.data import Task
 from ..core.measure import _check, compare
-from ..core.steps import _unknown, register_step, step_kind
+from ..core.steps import register_step, step_kind
 from ..core.train import Classifier, finetune, fingerprint, supports_bfloat16
 
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1

@@ -7,7 +7,6 @@ __all__ = ['Trial', 'Exhausted', 'Searcher', 'ListSearch', 'RandomSearch', 'Grid
            'successive_halving']
 
 # %% ../../nbs/tune/40_search.ipynb #919a083b
-import difflib
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from skopt.space import Categorical, Dimension, Integer, Real, check_dimension
 from tqdm import tqdm
 
 from .. import EcomoptError
-from ..core.checks import _is_bool, _whole_number
+from ..core.checks import _is_bool, _unknown, _whole_number
 
 # %% ../../nbs/tune/40_search.ipynb #9b16547b
 def _native(value: object) -> object:
@@ -134,10 +133,7 @@ def _check_names(space: Mapping[str, Dimension], names: Iterable[str]) -> None:
     "Check that the space has hyperparameters of these names."
     for name in names:
         if name in space: continue
-        near = difflib.get_close_matches(str(name), space, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
-        where = f"the space: {', '.join(space)}"
-        raise EcomoptError(f"There is no hyperparameter {name!r}.", where, hint)
+        raise _unknown("hyperparameter", name, space, f"the space: {', '.join(space)}")
 
 
 def _inside(dimension: Dimension, value: object) -> list:
