@@ -29,28 +29,26 @@ class EcomoptError(Exception):
 
 # %% ../nbs/core/00_package.ipynb #967ba754
 _HOMES = {
-    "core.assets": "ASSETS Asset fetch",
-    "core.data": "Task load_task",
+    "core.assets": "ASSETS Asset fetch", "core.data": "Task load_task",
     "core.train": "Classifier finetune load_model",
-    "core.artifact": "load save",
-    "core.measure": "Measurement compare measure",
+    "core.artifact": "load save", "core.measure": "Measurement compare measure",
     "core.generate": "LanguageModel load_language_model",
-    "core.hardware": "describe_hardware",
-    "core.verdict": "Verdict noninferiority",
+    "core.hardware": "describe_hardware", "core.verdict": "Verdict noninferiority verdicts",
     "compress.distill": "DistillationTrainer distill",
     "compress.prune": "PruneCallback prune",
-    "compress.structured": "prune_structured",
-    "compress.quantize": "quantize",
+    "compress.structured": "prune_structured", "compress.quantize": "quantize",
     "compress.share": "codebooks_to_int8 share_weights",
-    "compress.calibrate": "calibrate",
-    "compress.qat": "prepare_qat",
+    "compress.calibrate": "calibrate", "compress.qat": "prepare_qat",
     "compress.quantize_llm": "quantize_language_model",
     "accelerate.runtime": "best_runtime convert",
     "accelerate.runtime_llm": "convert_language_model",
     "tune.search": "GridSearch RandomSearch search",
     "tune.bayes": "Tuner",
     "tune.estimator": "TransformerClassifier",
-    "optimize.recipe": "Recipe",
+    "optimize.recipe": "Recipe", "optimize.candidates": "Goal",
+    "optimize.report": "html_report model_card report",
+    "optimize.optimize": "OptimizeResult optimize",
+    "optimize.serve": "create_app serve",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -88,7 +86,16 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.core.train import load_model as load_model
     from ecomopt.core.verdict import Verdict as Verdict
     from ecomopt.core.verdict import noninferiority as noninferiority
+    from ecomopt.core.verdict import verdicts as verdicts
+    from ecomopt.optimize.candidates import Goal as Goal
+    from ecomopt.optimize.optimize import OptimizeResult as OptimizeResult
+    from ecomopt.optimize.optimize import optimize as optimize
     from ecomopt.optimize.recipe import Recipe as Recipe
+    from ecomopt.optimize.report import html_report as html_report
+    from ecomopt.optimize.report import model_card as model_card
+    from ecomopt.optimize.report import report as report
+    from ecomopt.optimize.serve import create_app as create_app
+    from ecomopt.optimize.serve import serve as serve
     from ecomopt.tune.bayes import Tuner as Tuner
     from ecomopt.tune.estimator import TransformerClassifier as TransformerClassifier
     from ecomopt.tune.search import GridSearch as GridSearch

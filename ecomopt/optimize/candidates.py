@@ -23,9 +23,9 @@ from safetensors.numpy import load_file
 
 from .. import EcomoptError
 from ..core.artifact import disk_bytes, save
-from ..core.checks import _first_line, _positive_number
+from ..core.checks import _first_line, _positive_number, _unknown
 from ..core.measure import time_interleaved
-from ..core.steps import _unknown, step_kind, step_kinds
+from ..core.steps import step_kind, step_kinds
 from ..core.train import Classifier
 from .recipe import Recipe, StepContext
 

@@ -66,7 +66,7 @@ def assets(
     console = Console(force_jupyter=False)  # plain stdout in a notebook too, so it can be captured
     console.print(table)
 
-# %% ../../nbs/optimize/59_cli.ipynb #dac57c04
+# %% ../../nbs/optimize/59_cli.ipynb #ffc727de
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
 _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
@@ -81,7 +81,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int, typer.Option(help="Of torch.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #6543fb40
+# %% ../../nbs/optimize/59_cli.ipynb #55d670b4
 def _task(source: str, text: str, label: str, group: str | None, metric: str, seed: int) -> Any:
     "A task of the book, or one made of a file."
     from dataclasses import replace
@@ -100,7 +100,7 @@ def _classifier(source: str, task: Any = None) -> Any:
     if task is None or (Path(source).expanduser() / "artifact.json").exists(): return load(source)
     return load_model(source, task.labels)
 
-# %% ../../nbs/optimize/59_cli.ipynb #99cf7762
+# %% ../../nbs/optimize/59_cli.ipynb #59e9d38c
 @contextmanager
 def _output(out: Path) -> Iterator[Path]:
     "The artifact's directory, checked before any work, and taken by one process at a time."
@@ -126,7 +126,7 @@ def _print(result: dict, as_json: bool, text: str) -> None:
     "The result, for a script or for a person."
     print(json.dumps(result) if as_json else text)
 
-# %% ../../nbs/optimize/59_cli.ipynb #1a6444d4
+# %% ../../nbs/optimize/59_cli.ipynb #c8a047b6
 @app.command("measure")
 def _measure(
     model: _Model,
@@ -150,7 +150,7 @@ def _measure(
     compared = compare({model: _classifier(model, task)}, task, split, threads=threads)
     _print(compared.measurements[model].to_dict(), as_json, compared.table.T.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #45513a35
+# %% ../../nbs/optimize/59_cli.ipynb #2396a600
 @app.command("distill")
 def _distill(
     teacher: _Model,
@@ -173,7 +173,7 @@ def _distill(
     task = _task(data, text, label, group, "accuracy", seed)
     _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
 
-# %% ../../nbs/optimize/59_cli.ipynb #a9285b88
+# %% ../../nbs/optimize/59_cli.ipynb #3742da1b
 @app.command("quantize")
 def _quantize(
     model: Annotated[str, typer.Argument(help="An artifact.", metavar="MODEL")],
@@ -193,7 +193,7 @@ def _quantize(
         save(small, out, [{"quantize": options}])
     print(f"{out}: {disk_bytes(out) / 1e6:.1f} MB, from {disk_bytes(model) / 1e6:.1f} MB")
 
-# %% ../../nbs/optimize/59_cli.ipynb #8f437ff1
+# %% ../../nbs/optimize/59_cli.ipynb #eb970b2d
 _recipes = typer.Typer(help="Recipes: chains of steps in a YAML file.", no_args_is_help=True)
 app.add_typer(_recipes, name="recipe")
 
@@ -210,7 +210,7 @@ def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -
     print(f"saved: {out}", file=sys.stderr)
     return result
 
-# %% ../../nbs/optimize/59_cli.ipynb #7ff63b48
+# %% ../../nbs/optimize/59_cli.ipynb #105a147f
 @_recipes.command("run")
 def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
@@ -228,7 +228,7 @@ def _recipe_run(
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #935b989e
+# %% ../../nbs/optimize/59_cli.ipynb #8e10b0e2
 def _show_trial(trial: Any) -> None:
     "One line a trial."
     cost = (
@@ -240,7 +240,7 @@ def _show_trial(trial: Any) -> None:
     share = f"on {100 * trial.fraction:.0f} % of the texts" if trial.fraction else ""
     _say(f"  {trial.number:3}  {trial.name}  {cost}  {drop} {share} {trial.why or ''}")
 
-# %% ../../nbs/optimize/59_cli.ipynb #678b4751
+# %% ../../nbs/optimize/59_cli.ipynb #929e9779
 _Teacher = Annotated[str, typer.Option(help="A directory, or a name that is fine-tuned first.")]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
@@ -250,7 +250,7 @@ _Minimize = Annotated[str, typer.Option(help="latency or bytes.")]
 _Budget = Annotated[str, typer.Option(help="For the search: 90s, 20min, 1.5h.")]
 _Jobs = Annotated[int, typer.Option(help="Trials at a time.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #ad7d622c
+# %% ../../nbs/optimize/59_cli.ipynb #6c18e415
 @app.command("optimize")
 def _optimize(
     data: _Data, out: _Out, text: _Text = "text", label: _Label = "label", group: _Group = None,
@@ -273,18 +273,14 @@ def _optimize(
     _print(*_summary(result, out, as_json))
     if not result.feasible: raise typer.Exit(1)
 
-# %% ../../nbs/optimize/59_cli.ipynb #33e36536
+# %% ../../nbs/optimize/59_cli.ipynb #b968e53b
 def _searched(
     task: Any, model: str, goal: Any, seconds: float, seed: int, threads: int, jobs: int
 ) -> Any:
     "The search, with a line for each trial."
     from ecomopt.core.train import finetune
     from ecomopt.optimize.optimize import optimize as search
-
-    sizes = ", ".join(
-        f"{len(getattr(task, split))} {split}" for split in ("train", "valid", "test")
-    )
-    _say(f"{task.name}: {sizes} texts, {len(task.labels)} labels")
+    _say(f"{task.name}: {len(task.train)} texts to train on, {len(task.labels)} labels")
     is_name = not Path(model).exists()
     if is_name: _say(f"fine-tuning {model}")
     teacher = finetune(model, task, seed=seed) if is_name else _classifier(model, task)
@@ -301,7 +297,7 @@ def _summary(result: Any, out: Path, as_json: bool) -> tuple[dict, bool, str]:
     last = [f"{name}: {found[name]}" for name in ("artifact", "report")]
     return found, as_json, "\n".join([str(result), *result.data["notes"], *last])
 
-# %% ../../nbs/optimize/59_cli.ipynb #1d854f97
+# %% ../../nbs/optimize/59_cli.ipynb #ddcb30fa
 @app.command("report")
 def _report(
     path: Annotated[Path, typer.Argument(help="An artifact that optimize made.")],
@@ -316,7 +312,7 @@ def _report(
     from ecomopt.optimize.report import report
     print(report(path, out))
 
-# %% ../../nbs/optimize/59_cli.ipynb #0be0ffdd
+# %% ../../nbs/optimize/59_cli.ipynb #3fdb720b
 def _csv_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Rows of a CSV stream and their texts."
     reader = csv.DictReader(file)
@@ -341,7 +337,7 @@ def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Lines of a stream."
     for line in file: yield {"text": line.rstrip("\n")}, line.rstrip("\n")
 
-# %% ../../nbs/optimize/59_cli.ipynb #cde7f4be
+# %% ../../nbs/optimize/59_cli.ipynb #19c26f43
 _READERS = {"csv": _csv_rows, "jsonl": _json_rows, "lines": _line_rows}
 
 
@@ -350,7 +346,7 @@ def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
     rows = iter(rows)
     while batch := list(islice(rows, size)): yield batch
 
-# %% ../../nbs/optimize/59_cli.ipynb #ada2cd2f
+# %% ../../nbs/optimize/59_cli.ipynb #6f0cd7eb
 def _source(file: str, kind: str) -> Any:
     "The stream to read."
     if kind not in _READERS:
@@ -375,7 +371,7 @@ def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
         writer.writerows(rows)
         sys.stdout.flush()
 
-# %% ../../nbs/optimize/59_cli.ipynb #e101d6d5
+# %% ../../nbs/optimize/59_cli.ipynb #7025b0ed
 def _labelled(model: Any, batch: list) -> Iterator[dict]:
     "The rows of a batch with label and score."
     scores = model.logits([text for _, text in batch]).softmax(1)
@@ -383,7 +379,7 @@ def _labelled(model: Any, batch: list) -> Iterator[dict]:
         best = int(score.argmax())
         yield row | {"label": model.labels[best], "score": round(float(score[best]), 4)}
 
-# %% ../../nbs/optimize/59_cli.ipynb #95e3cdf9
+# %% ../../nbs/optimize/59_cli.ipynb #60a7e600
 @app.command("predict")
 def _predict(
     model: _Model,
@@ -405,7 +401,7 @@ def _predict(
             _write(rows, as_json or kind == "jsonl", header=not written)
             written += len(batch)
 
-# %% ../../nbs/optimize/59_cli.ipynb #84d8cee2
+# %% ../../nbs/optimize/59_cli.ipynb #29ba884c
 @app.command("serve")
 def _serve(
     path: Annotated[str, typer.Argument(help="An artifact.")],

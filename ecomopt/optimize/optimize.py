@@ -12,7 +12,7 @@ import math
 import pickle
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -334,16 +334,15 @@ def _attempted(*job) -> tuple | str:
     try: return _trained(*job)
     except EcomoptError as error: return error.what
 
-# %% ../../nbs/optimize/54_optimize.ipynb #e54f3571
-def _tfidf(task: Task) -> dict:
-    "TF-IDF with logistic regression: quality on the test split, sentences a second, bytes."
+# %% ../../nbs/optimize/54_optimize.ipynb #ab36948f
+def _tfidf(task: Task, texts: list[str], actual: np.ndarray) -> dict:
+    "TF-IDF with logistic regression: quality on the test texts, sentences a second, bytes."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
                           LogisticRegression(C=10.0, max_iter=1000))
     model.fit(list(task.train["text"]), list(task.train["label"]))
-    texts, actual = list(task.test["text"]), np.array(task.test["label"])
     start = time.perf_counter()
     found = model.predict(texts)
     seconds = time.perf_counter() - start
@@ -525,14 +524,12 @@ def _sizes(task: Task, teacher: Classifier) -> dict:
         "sizes": {name: len(rows) for name, rows in splits.items()}, "truncated": long,
         "classes": dict(zip(task.labels, counts)), "fingerprint": task.fingerprint}
 
-# %% ../../nbs/optimize/54_optimize.ipynb #58fae840
-def _flips(task: Task, first: np.ndarray, second: np.ndarray) -> list[dict]:
+# %% ../../nbs/optimize/54_optimize.ipynb #1728241c
+def _flips(texts: list[str], names: Sequence[str], actual, first, second) -> list[dict]:
     "The texts to which teacher and winner give different labels."
-    texts, actual, names = list(task.test["text"]), list(task.test["label"]), task.labels
     return [
-        {"text": texts[i], "label": names[actual[i]], "teacher": names[first[i]],
-         "winner": names[second[i]]}
-        for i in np.flatnonzero(first != second)
+        {"text": text, "label": names[a], "teacher": names[t], "winner": names[w]}
+        for text, a, t, w in zip(texts, actual, first, second) if t != w
     ]
 
 
@@ -546,13 +543,14 @@ def _recall(task: Task, measured: dict) -> dict:
 
 # %% ../../nbs/optimize/54_optimize.ipynb #40ef1be3
 def _tested(search: _Search, trial: Trial) -> tuple[Verdict, dict]:
-    "Everything that is measured on the test split, once, for the winner."
+    "Everything that is measured on the test split and sets, once, for the winner."
     task, teacher, margin = search.task, search.context.teacher, search.goal.max_drop
     pair = {"teacher": teacher, "winner": trial.model}
     compared = compare(pair, task, "test", threads=search.threads, memory=False)
-    texts, actual = list(task.test["text"]), np.array(task.test["label"])
-    first, second = (_predict(name, c, texts, task.labels, 32) for name, c in pair.items())
-    baseline = _tfidf(task)
+    texts = [text for part in (task.test, *task.tests.values()) for text in part["text"]]
+    actual = compared.actual.to_numpy()
+    first, second = (compared.answers[name].to_numpy() for name in pair)
+    baseline = _tfidf(task, texts, actual)
     test = partial(noninferiority_test, first, actual=actual, margin=margin, metric=task.metric)
     verdict, against = test(second), test(baseline.pop("answers"))
     return verdict, dict(
@@ -561,7 +559,7 @@ def _tested(search: _Search, trial: Trial) -> tuple[Verdict, dict]:
         pair=asdict(compared.pairs["winner"]),
         baselines=[baseline],
         recall=_recall(task, compared.measurements),
-        flips=_flips(task, first, second),
+        flips=_flips(texts, task.labels, actual, first, second),
         batches=_batch_times(teacher, trial.model, texts),
         **{name: m.to_dict() for name, m in compared.measurements.items()},
     )
