@@ -290,7 +290,8 @@ def _usable(
         kept[option] = [value for value in given if reasons[value] is None]
         wrong += [(f"{option}={value}", reason) for value, reason in reasons.items() if reason]
         if why is not None and kept[option]:
-            options, why = options | {option: kept[option][0]}, None
+            options = options | {option: kept[option][0]}
+            why = None
     return (kept, wrong) if why is None else ({}, wrong or [("", why)])
 
 # %% ../../nbs/optimize/51_candidates.ipynb #86da5f81
