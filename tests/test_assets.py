@@ -319,5 +319,5 @@ def test_the_command_lists_and_fetches():
 def test_the_command_fails_in_a_few_words(cache):
     command = [sys.executable, "-c", "from ecomopt.optimize.cli import app; app()", "assets", "--fetch", "reviews"]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **NO_INDEX})
-    assert answer.returncode == 1 and answer.stdout == "" and "Traceback" not in answer.stderr
+    assert answer.returncode == 2 and answer.stdout == "" and "Traceback" not in answer.stderr
     assert "pip could not download" in answer.stderr and "do:" in answer.stderr

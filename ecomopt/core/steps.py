@@ -53,7 +53,7 @@ class StepKind:
     "What a step of a recipe does, its options, and what it can follow."
     name: str                                  # as recipes call it
     apply: Callable                            # f(model, context, *, option=default, …) -> model
-    space: dict | Callable = field(default_factory=dict)  # option → range or categories; see `ranges`
+    space: dict | Callable = field(default_factory=dict)  # option → range or categories
     cannot_follow: frozenset[str] = frozenset()  # names of kinds that may not come before it
     must_follow: frozenset[str] = frozenset()  # kinds of which one has to come before it, if any
     trains: bool = False                       # improves the quality, changes no cost

@@ -68,7 +68,7 @@ def assets(
     console = Console(force_jupyter=False)  # plain stdout in a notebook too, so it can be captured
     console.print(table)
 
-# %% ../../nbs/optimize/59_cli.ipynb #a54582e3
+# %% ../../nbs/optimize/59_cli.ipynb #240a8d59
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
 _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
@@ -83,7 +83,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int, typer.Option(help="Of torch.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #1a0b9bc1
+# %% ../../nbs/optimize/59_cli.ipynb #1c612c37
 def _task(source: str, text: str, label: str, group: str | None, metric: str, seed: int) -> Any:
     "A task of the book, or one made of a file."
     from dataclasses import replace
@@ -102,7 +102,7 @@ def _classifier(source: str, task: Any = None) -> Any:
     if task is None or (Path(source).expanduser() / "artifact.json").exists(): return load(source)
     return load_model(source, task.labels)
 
-# %% ../../nbs/optimize/59_cli.ipynb #ebd2f30f
+# %% ../../nbs/optimize/59_cli.ipynb #fb72a866
 @contextmanager
 def _output(out: Path) -> Iterator[Path]:
     "The artifact's directory, checked before any work, and taken by one process at a time."
@@ -128,7 +128,7 @@ def _print(result: dict, as_json: bool, text: str) -> None:
     "The result, for a script or for a person."
     print(json.dumps(result) if as_json else text)
 
-# %% ../../nbs/optimize/59_cli.ipynb #c463421b
+# %% ../../nbs/optimize/59_cli.ipynb #75d1d40e
 @app.command("measure")
 def _measure(
     model: _Model,
@@ -152,7 +152,7 @@ def _measure(
     compared = compare({model: _classifier(model, task)}, task, split, threads=threads)
     _print(compared.measurements[model].to_dict(), as_json, compared.table.T.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #faf3c187
+# %% ../../nbs/optimize/59_cli.ipynb #96ab8e22
 @app.command("distill")
 def _distill(
     teacher: _Model,
@@ -175,7 +175,7 @@ def _distill(
     task = _task(data, text, label, group, "accuracy", seed)
     _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
 
-# %% ../../nbs/optimize/59_cli.ipynb #fc6ac532
+# %% ../../nbs/optimize/59_cli.ipynb #049bb9d0
 @app.command("quantize")
 def _quantize(
     model: Annotated[str, typer.Argument(help="An artifact.", metavar="MODEL")],
@@ -195,7 +195,7 @@ def _quantize(
         save(small, out, [{"quantize": options}])
     print(f"{out}: {disk_bytes(out) / 1e6:.1f} MB, from {disk_bytes(model) / 1e6:.1f} MB")
 
-# %% ../../nbs/optimize/59_cli.ipynb #5d94d915
+# %% ../../nbs/optimize/59_cli.ipynb #9e259575
 _recipes = typer.Typer(help="Recipes: chains of steps in a YAML file.", no_args_is_help=True)
 app.add_typer(_recipes, name="recipe")
 
@@ -212,7 +212,7 @@ def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -
     print(f"saved: {out}", file=sys.stderr)
     return result
 
-# %% ../../nbs/optimize/59_cli.ipynb #0d1c0104
+# %% ../../nbs/optimize/59_cli.ipynb #9ac7427a
 @_recipes.command("run")
 def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
@@ -230,7 +230,7 @@ def _recipe_run(
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #e677b249
+# %% ../../nbs/optimize/59_cli.ipynb #87d3e36c
 def _show_trial(trial: Any) -> None:
     "One line a trial."
     cost = (
@@ -242,7 +242,7 @@ def _show_trial(trial: Any) -> None:
     share = f"on {100 * trial.fraction:.0f} % of the texts" if trial.fraction else ""
     _say(f"  {trial.number:3}  {trial.name}  {cost}  {drop} {share} {trial.why or ''}")
 
-# %% ../../nbs/optimize/59_cli.ipynb #fe06cb51
+# %% ../../nbs/optimize/59_cli.ipynb #3613f99f
 _Teacher = Annotated[str, typer.Option(help="A directory, or a name that is fine-tuned first.")]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
@@ -252,7 +252,7 @@ _Minimize = Annotated[str, typer.Option(help="latency or bytes.")]
 _Budget = Annotated[str, typer.Option(help="For the search: 90s, 20min, 1.5h.")]
 _Jobs = Annotated[int, typer.Option(help="Trials at a time.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #c04b200c
+# %% ../../nbs/optimize/59_cli.ipynb #b12f2181
 @app.command("optimize")
 def _optimize(
     data: _Data, out: _Out, text: _Text = "text", label: _Label = "label", group: _Group = None,
@@ -275,7 +275,7 @@ def _optimize(
     _print(*_summary(result, out, as_json))
     if not result.feasible: raise typer.Exit(1)
 
-# %% ../../nbs/optimize/59_cli.ipynb #a21515f8
+# %% ../../nbs/optimize/59_cli.ipynb #bcb30d67
 def _searched(
     task: Any, model: str, goal: Any, seconds: float, seed: int, threads: int, jobs: int
 ) -> Any:
@@ -299,7 +299,7 @@ def _summary(result: Any, out: Path, as_json: bool) -> tuple[dict, bool, str]:
     last = [f"{name}: {found[name]}" for name in ("artifact", "report")]
     return found, as_json, "\n".join([str(result), *result.data["notes"], *last])
 
-# %% ../../nbs/optimize/59_cli.ipynb #0c3b7dcd
+# %% ../../nbs/optimize/59_cli.ipynb #236c818c
 @app.command("report")
 def _report(
     path: Annotated[Path, typer.Argument(help="An artifact that optimize made.")],
@@ -314,7 +314,7 @@ def _report(
     from ecomopt.optimize.report import report
     print(report(path, out))
 
-# %% ../../nbs/optimize/59_cli.ipynb #61f1be32
+# %% ../../nbs/optimize/59_cli.ipynb #60ce440d
 def _csv_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Rows of a CSV stream and their texts."
     reader = csv.DictReader(file)
@@ -339,7 +339,7 @@ def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Lines of a stream."
     for line in file: yield {"text": line.rstrip("\r\n")}, line.rstrip("\r\n")
 
-# %% ../../nbs/optimize/59_cli.ipynb #a226e247
+# %% ../../nbs/optimize/59_cli.ipynb #40f2ecf5
 _READERS = {"csv": _csv_rows, "jsonl": _json_rows, "lines": _line_rows}
 
 
@@ -348,7 +348,7 @@ def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
     rows = iter(rows)
     while batch := list(islice(rows, size)): yield batch
 
-# %% ../../nbs/optimize/59_cli.ipynb #5e9fa458
+# %% ../../nbs/optimize/59_cli.ipynb #bf32a1f8
 def _source(file: str, kind: str) -> Any:
     "The stream to read."
     if kind not in _READERS:
@@ -373,7 +373,7 @@ def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
         writer.writerows(rows)
         sys.stdout.flush()
 
-# %% ../../nbs/optimize/59_cli.ipynb #0a66b851
+# %% ../../nbs/optimize/59_cli.ipynb #aa41d2d9
 def _labelled(model: Any, batch: list) -> Iterator[dict]:
     "The rows of a batch with label and score."
     scores = model.logits([text for _, text in batch]).softmax(1)
@@ -381,7 +381,7 @@ def _labelled(model: Any, batch: list) -> Iterator[dict]:
         best = int(score.argmax())
         yield row | {"label": model.labels[best], "score": round(float(score[best]), 4)}
 
-# %% ../../nbs/optimize/59_cli.ipynb #39785014
+# %% ../../nbs/optimize/59_cli.ipynb #363bafd0
 @app.command("predict")
 def _predict(
     model: _Model,
@@ -403,7 +403,7 @@ def _predict(
             _write(rows, as_json or kind == "jsonl", header=not written)
             written += len(batch)
 
-# %% ../../nbs/optimize/59_cli.ipynb #e5b4cfbe
+# %% ../../nbs/optimize/59_cli.ipynb #7718c1a4
 @app.command("serve")
 def _serve(
     path: Annotated[str, typer.Argument(help="An artifact.")],

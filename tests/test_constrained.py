@@ -1,0 +1,86 @@
+"""Constrained search: Pareto fronts, the acquisition function, rungs, and bad input."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from ecomopt import EcomoptError
+from ecomopt.tune.constrained import ConstrainedSearch, log_constrained_improvement, pareto_front
+from ecomopt.tune.gp import expected_improvement
+
+COSTS = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=30)
+
+
+@given(COSTS)
+def test_the_front_is_what_none_dominates(costs):
+    costs = np.array(costs, float)
+    def dominates(a, b): return (a <= b).all() and (a < b).any()
+    assert pareto_front(costs).tolist() == [not any(dominates(a, b) for a in costs) for b in costs]
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], [[np.nan, 1.0]], 3.0])
+def test_wrong_costs_are_refused(wrong):
+    with pytest.raises(EcomoptError): pareto_front(wrong)
+
+
+@settings(max_examples=50)
+@given(st.floats(-3, 3), st.floats(0.01, 2), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.01, 2), st.floats(-3, 3))
+def test_improvement_counts_only_as_far_as_feasible(mean, std, best, g, g_std, limit):
+    arrays = [np.array([x]) for x in (mean, std, g, g_std)]
+    value = log_constrained_improvement(arrays[0], arrays[1], best, [(arrays[2], arrays[3], limit)])[0]
+    expected = expected_improvement(*arrays[:2], best)[0] * norm.cdf((limit - g) / g_std)
+    assert np.exp(value) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    alone = log_constrained_improvement(arrays[0], arrays[1], None, [(arrays[2], arrays[3], limit)])[0]
+    assert alone == pytest.approx(norm.logcdf((limit - g) / g_std))
+
+
+def seconds(what, before, after): return 5 + 100 * (after - before)
+def propose(rng, good): return [(x, tuple(x)) for x in rng.random((50, 2))]
+def drop(x, fraction): return 0.1 * (1 - x[0]) ** 2 + 0.01 * np.log10(1 / fraction)
+
+
+def run(budget: float, limits: dict, first=(), seed: int = 0) -> tuple[ConstrainedSearch, list]:
+    """A search on a made-up problem, and all that was asked for."""
+    search, spent, asked = ConstrainedSearch("ms", limits, 0.02, propose, seconds, first=first, seed=seed), 0.0, []
+    while pair := search.ask(budget - spent):
+        candidate, fraction = pair
+        asked.append((candidate.what, candidate.fraction, fraction))
+        if candidate.costs is None and not search.tell_costs(candidate, {"ms": 1 + 4 * candidate.what[0]}): continue
+        spent += seconds(candidate.what, candidate.fraction, fraction)
+        search.tell_drop(candidate, fraction, drop(candidate.what, fraction))
+    return search, asked
+
+
+def test_search_keeps_budget_and_limits_and_finds_a_good_candidate():
+    search, asked = run(800, {"ms": 4.5})
+    best = search.best()
+    assert best.costs["ms"] <= 4.5 and drop(best.what, best.fraction) <= 0.03
+    assert all(c.out for c in search.candidates if c.costs["ms"] > 4.5)
+    assert not any(c.drops for c in search.candidates if c.out)
+    spent = sum(seconds(what, before, after) for what, before, after in asked if 1 + 4 * what[0] <= 4.5)
+    assert spent <= 800
+
+
+def test_a_candidate_goes_up_rung_by_rung_and_few_reach_the_last():
+    _, asked = run(1000, {})
+    by_candidate = {}
+    for what, before, after in asked: by_candidate.setdefault(what, []).append((before, after))
+    for steps in by_candidate.values():
+        assert [b for _, b in steps][:-1] == [a for a, _ in steps][1:]
+        assert steps[0][0] == 0.0
+    first, last = (sum(any(b == u for _, b in s) for s in by_candidate.values()) for u in (0.1, 1.0))
+    assert 0 < last <= first / 3
+
+
+def test_what_comes_first_is_asked_first_and_the_same_twice():
+    first = propose(np.random.default_rng(9), [])[:3]
+    _, asked = run(300, {}, first)
+    assert [what for what, *_ in asked[:3]] == [what for _, what in first]
+    assert run(300, {}, first)[1] == asked != run(300, {}, first, seed=1)[1]
+
+
+def test_nothing_to_ask_is_none():
+    search = ConstrainedSearch("ms", {}, 0.02, lambda rng, good: [], seconds)
+    assert search.ask() is None and search.best() is None
+    assert ConstrainedSearch("ms", {}, 0.02, propose, seconds).ask(1.0) is None

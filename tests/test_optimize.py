@@ -1,0 +1,258 @@
+"""One call: a winner always, gates, limits, unbalanced classes, interruption, bad input, the command line."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from ecomopt import EcomoptError, Goal, Recipe, finetune, load, optimize, save
+from ecomopt.core.artifact import disk_bytes
+from ecomopt.optimize import optimize as module
+from ecomopt.optimize.recipe import StepContext
+
+BINARY = Path(sys.executable).with_name("ecomopt")
+pytestmark = pytest.mark.xdist_group("optimize")
+
+
+@pytest.fixture(scope="module")
+def task(): return tiny.task(300)
+
+
+@pytest.fixture(scope="module")
+def teacher(task, tmp_path_factory):
+    folder = tiny.written(tiny.classifier(), tmp_path_factory.mktemp("model") / "bert")
+    return finetune(folder, task, epochs=30, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def result(task, teacher): return optimize(task, teacher, Goal(max_drop=0.2), "75s")
+
+
+@pytest.mark.slow
+def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
+    trials = result.data["trials"]
+    won = [trial for trial in trials if trial["winner"]]
+    assert len(won) == 1 and result.feasible and won[0]["drop"] <= 0.2
+    feasible = [t for t in trials if t["status"] == "trained" and t["drop"] <= 0.1]
+    assert won[0]["latency_ms"] <= min(t["latency_ms"] for t in feasible) * 1.5
+    assert all(gate["passed"] for gate in result.data["gates"]) and len(result.data["gates"]) == 4
+    assert result.verdict.sentences == len(task.test)
+    assert won[0]["steps"] and trials[0]["steps"] == [], "the teacher is the first trial"
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_what_was_found(result, task, tmp_path):
+    path = result.save(tmp_path / "small")
+    assert load(path).predict(task.test["text"][:]) == result.model.predict(task.test["text"][:])
+    manifest = json.loads((path / "artifact.json").read_text())
+    assert manifest["measurements"] == [result.data] and Recipe.from_list(manifest["recipe"]) == result.recipe
+    assert "## " in (path / "README.md").read_text("utf8")
+    report = module_report(path)
+    assert str(len(result.data["trials"])) in report and result.verdict.outcome.split(" with")[0] in report
+
+
+def module_report(path: Path) -> str:
+    """The text of the HTML report."""
+    from ecomopt import report
+    return report(path).read_text("utf8")
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_the_same_model_again(result, task, teacher):
+    again = result.recipe.run(task, teacher, measure=False)
+    assert again.model.predict(task.test["text"][:]) == result.model.predict(task.test["text"][:])
+
+
+@pytest.mark.slow
+def test_the_front_is_a_front_and_tables_are_whole(result):
+    known = [t for t in result.data["trials"] if t["drop"] is not None and t["status"] == "trained"]
+    def costs(t): return (t["drop"], t["latency_ms"], t["disk_bytes"])
+    def is_dominated(b):
+        return any(all(x <= y for x, y in zip(costs(a), costs(b))) and costs(a) != costs(b) for a in known)
+    for trial in known: assert trial["pareto"] != is_dominated(trial), trial["number"]
+    assert len(result.table) == len(result.data["trials"])
+    assert result.data["baselines"][0]["name"].startswith("TF-IDF")
+    assert json.loads(json.dumps(result.data)) == result.data
+
+
+@pytest.mark.slow
+def test_what_breaks_a_limit_is_never_trained(task, teacher):
+    most = 0.9 * disk_bytes_of(teacher)
+    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"), "60s")
+    over = [t for t in found.data["trials"] if t["disk_bytes"] and t["disk_bytes"] > most]
+    assert over and all(t["status"] == "cost" and t["drop"] is None for t in over)
+    assert found.feasible and found.data["winner"]["disk_bytes"] <= most
+
+
+def disk_bytes_of(model) -> int:
+    """What saving it takes."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder: return disk_bytes(save(model, Path(folder) / "m"))
+
+
+@pytest.mark.slow
+def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path):
+    found = optimize(task, teacher, Goal(max_bytes=10), "40s")
+    assert not found.feasible and "None of" in found.data["reason"]
+    assert load(found.save(tmp_path / "closest")).labels == task.labels
+
+
+@pytest.mark.slow
+def test_interruption_finishes_with_the_best_so_far(task, teacher):
+    def interrupt(trial): raise KeyboardInterrupt
+    found = optimize(task, teacher, Goal(max_drop=0.2), "10min", on_trial=interrupt)
+    assert found.feasible and len(found.data["trials"]) == 1
+    assert any("interrupted" in note for note in found.data["notes"])
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch):
+    def broken(*arguments): raise EcomoptError("It is broken.", "here", "Mend it.")
+    monkeypatch.setattr(module, "build_untrained", broken)
+    found = optimize(task, teacher, Goal(max_drop=0.2), "30s")
+    assert all(t["status"] in ("failed", "trained") for t in found.data["trials"]) and found.model is teacher
+    assert any(t["why"] == "It is broken." for t in found.data["trials"])
+
+
+@pytest.mark.slow
+def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
+    rows = Dataset.from_list([r for i, r in enumerate(task.train) if r["label"] == 1 or i % 12 == 0])
+    unbalanced = replace(task, train=rows)
+    constant = tiny.classifier()
+    constant.model.classifier.weight.data.zero_()
+    constant.model.classifier.bias.data = constant.model.classifier.bias.data * 0 + constant.model.new_tensor([0, 1]) \
+        if hasattr(constant.model, "new_tensor") else constant.model.classifier.bias.data.new_tensor([0.0, 1.0])
+    context = StepContext(unbalanced, constant)
+    search = module._Search(context, Goal(), 10.0, 1, 1, None)
+    gate = module._no_lost_class(search.answers, search.actual, search.actual, task.labels, 0.1)
+    assert not gate["passed"] and "negative" in gate["detail"]
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(budget=0), "budget"), (dict(budget="soon"), "budget"), (dict(goal=0.01), "goal"),
+    (dict(n_jobs=0), "n_jobs"), (dict(threads=0), "threads"), (dict(seed=-1), "seed"),
+])
+def test_wrong_arguments_are_refused_before_work(task, teacher, change, match):
+    start = time.perf_counter()
+    with pytest.raises(EcomoptError, match=match): optimize(task, teacher, **change)
+    assert time.perf_counter() - start < 60
+
+
+def test_a_task_without_a_split_or_of_other_labels_is_refused(task, teacher):
+    for split in ("valid", "test"):
+        empty = replace(task, **{split: getattr(task, split).select([])})
+        with pytest.raises(EcomoptError, match=split): optimize(empty, teacher)
+    with pytest.raises(EcomoptError, match="labels"): optimize(task, tiny.classifier(labels=("a", "b")))
+    with pytest.raises(EcomoptError, match="task"): optimize("reviews", teacher)
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.fixture(scope="module")
+def shop(task, teacher, tmp_path_factory):
+    """A shop's folder: a file of reviews and a teacher."""
+    folder = tmp_path_factory.mktemp("shop")
+    draw = random.Random(0)
+    rows = [f'"{" ".join(draw.choices(tiny.WORDS[:8], k=5))} {("bad", "good")[i % 2]} {i}",{("negative", "positive")[i % 2]}'
+            for i in range(300)]
+    (folder / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    save(teacher, folder / "teacher")
+    return folder
+
+
+def run(shop: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    """A command as a user runs it."""
+    return subprocess.run([BINARY, *words], cwd=shop, capture_output=True, text=True, timeout=300, **options)
+
+
+COLUMNS = ("reviews.csv", "--text", "review", "--label", "stars")
+
+
+@pytest.mark.slow
+def test_the_main_job_in_one_line(shop):
+    ran = run(shop, "optimize", *COLUMNS, "--model", "teacher", "--max-drop", "0.3", "--budget", "60s", "--out", "small",
+              "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["feasible"] and Path(shop / "small" / "artifact.json").exists()
+    assert Path(found["report"]).read_text("utf8").startswith("<!doctype html>")
+    measured = json.loads(run(shop, "measure", "small", *COLUMNS, "--json").stdout)
+    assert measured["sentences"] == 60
+    labelled = run(shop, "predict", "small", "reviews.csv", "--text", "review").stdout.splitlines()
+    assert labelled[0] == "review,stars,label,score" and len(labelled) == 301
+
+
+@pytest.mark.slow
+def test_a_goal_that_is_not_met_is_exit_code_1(shop):
+    ran = run(shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "30s", "--out", "closest")
+    assert ran.returncode == 1 and (shop / "closest" / "artifact.json").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ("optimize", *COLUMNS, "--budget", "0"), ("optimize", *COLUMNS, "--max-drop", "7"),
+    ("optimize", "nothing.csv"), ("optimize", "reviews.csv", "--text", "reveiw"), ("optimize", *COLUMNS, "--minimize", "x"),
+    ("optimize", *COLUMNS, "--metric", "acuracy"), ("recipe", "run", "none.yaml", *COLUMNS),
+])
+def test_bad_input_is_exit_code_2_and_nothing_is_left(shop, words):
+    ran = run(shop, *words, "--out", "never")
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr and "do:" in ran.stderr, ran.stderr
+    assert not (shop / "never").exists() and not list(shop.glob(".never*"))
+
+
+def test_an_output_that_holds_something_else_is_refused(shop):
+    (shop / "mine").mkdir(exist_ok=True)
+    (shop / "mine" / "photo").write_text("x")
+    ran = run(shop, "quantize", "teacher", "--out", "mine")
+    assert ran.returncode == 2 and (shop / "mine" / "photo").read_text() == "x"
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_output(shop):
+    words = [BINARY, "optimize", *COLUMNS, "--model", "teacher", "--budget", "60s", "--out", "both"]
+    with subprocess.Popen(words, cwd=shop, stderr=subprocess.PIPE, text=True) as first:
+        while "searching" not in first.stderr.readline(): pass
+        second = run(shop, *words[1:])
+        first.send_signal(signal.SIGINT)
+        first.stderr.read()
+    assert second.returncode == 2 and "Another run" in second.stderr
+    assert first.returncode in (0, 1) and (shop / "both" / "artifact.json").exists(), "Ctrl-C saves the best so far"
+
+
+@pytest.mark.slow
+def test_predict_needs_little_memory_for_many_lines(shop):
+    code = ("import resource, subprocess, sys; out = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, "
+            "stdout=subprocess.DEVNULL); [out.stdin.write(b'the battery broke\\n' * 1000) for _ in range({n})]; "
+            "out.stdin.close(); out.wait(); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    def peak(n):
+        words = [sys.executable, "-c", code.format(n=n), BINARY, "predict", "teacher"]
+        return int(subprocess.run(words, cwd=shop, capture_output=True, text=True, check=True).stdout)
+    assert peak(40) < peak(4) + 60_000  # kilobytes
+
+
+def test_predict_names_the_line_at_fault(shop):
+    (shop / "rows.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    ran = run(shop, "predict", "teacher", "rows.jsonl")
+    assert ran.returncode == 2 and "line 2" in ran.stderr
+    (shop / "rows.xml").write_text("<a/>")
+    assert run(shop, "predict", "teacher", "rows.xml").returncode == 2
+    assert run(shop, "predict", "teacher", "none.csv").returncode == 2
+
+
+def test_lines_of_text_come_back_in_order(shop):
+    ran = run(shop, "predict", "teacher", "--json", input="good\r\nbad, really\n")
+    assert [json.loads(line)["text"] for line in ran.stdout.splitlines()] == ["good", "bad, really"]
+
+
+def test_help_teaches_by_example():
+    for name in ("measure", "distill", "quantize", "optimize", "predict", "report", "serve"):
+        shown = subprocess.run([BINARY, name, "--help"], capture_output=True, text=True, check=True,
+                               env=os.environ | {"COLUMNS": "120"}).stdout
+        assert "Example: " in shown and "ecomopt" in shown
