@@ -7,6 +7,8 @@ __all__ = ['EcomoptError']
 
 # %% ../nbs/core/00_package.ipynb #542aa617
 import importlib
+from inspect import signature
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 # %% ../nbs/core/00_package.ipynb #881c3aed
@@ -112,3 +114,20 @@ def __getattr__(name: str):
 def __dir__() -> list[str]:
     "All public names, imported or not."
     return sorted([*globals(), *_HOME_OF])
+
+# %% ../nbs/core/00_package.ipynb #db053465
+class _CallableFolder(ModuleType):
+    "The folder `ecomopt.optimize`, which can be called like the function of that name."
+
+    @property
+    def _function(self): return importlib.import_module("ecomopt.optimize.optimize").optimize
+
+    @property
+    def __signature__(self): return signature(self._function)
+
+    def __call__(self, *args, **kwargs):
+        "Search for the cheapest model that keeps a goal; see `ecomopt.optimize.optimize`."
+        return self._function(*args, **kwargs)
+
+
+importlib.import_module("ecomopt.optimize").__class__ = _CallableFolder

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 
 from ecomopt import EcomoptError, Goal, Recipe, finetune, load, optimize, save
@@ -45,7 +46,7 @@ def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
     assert won[0]["latency_ms"] <= min(t["latency_ms"] for t in feasible) * 1.5
     assert all(gate["passed"] for gate in result.data["gates"]) and len(result.data["gates"]) == 4
     assert result.verdict.sentences == len(task.test)
-    assert won[0]["steps"] and trials[0]["steps"] == [], "the teacher is the first trial"
+    assert trials[0]["steps"] == [], "the teacher is the first trial"
 
 
 @pytest.mark.slow
@@ -128,8 +129,7 @@ def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
     unbalanced = replace(task, train=rows)
     constant = tiny.classifier()
     constant.model.classifier.weight.data.zero_()
-    constant.model.classifier.bias.data = constant.model.classifier.bias.data * 0 + constant.model.new_tensor([0, 1]) \
-        if hasattr(constant.model, "new_tensor") else constant.model.classifier.bias.data.new_tensor([0.0, 1.0])
+    constant.model.classifier.bias.data = torch.tensor([0.0, 1.0])
     context = StepContext(unbalanced, constant)
     search = module._Search(context, Goal(), 10.0, 1, 1, None)
     gate = module._no_lost_class(search.answers, search.actual, search.actual, task.labels, 0.1)
@@ -161,8 +161,10 @@ def shop(task, teacher, tmp_path_factory):
     """A shop's folder: a file of reviews and a teacher."""
     folder = tmp_path_factory.mktemp("shop")
     draw = random.Random(0)
-    rows = [f'"{" ".join(draw.choices(tiny.WORDS[:8], k=5))} {("bad", "good")[i % 2]} {i}",{("negative", "positive")[i % 2]}'
-            for i in range(300)]
+    rows = [
+        f'"{" ".join(draw.choices(tiny.WORDS[:8], k=5))} {("bad", "good")[i % 2]} {i}",{("negative", "positive")[i % 2]}'
+        for i in range(300)
+    ]
     (folder / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
     save(teacher, folder / "teacher")
     return folder
@@ -178,8 +180,20 @@ COLUMNS = ("reviews.csv", "--text", "review", "--label", "stars")
 
 @pytest.mark.slow
 def test_the_main_job_in_one_line(shop):
-    ran = run(shop, "optimize", *COLUMNS, "--model", "teacher", "--max-drop", "0.3", "--budget", "60s", "--out", "small",
-              "--json")
+    ran = run(
+        shop,
+        "optimize",
+        *COLUMNS,
+        "--model",
+        "teacher",
+        "--max-drop",
+        "0.3",
+        "--budget",
+        "60s",
+        "--out",
+        "small",
+        "--json",
+    )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["feasible"] and Path(shop / "small" / "artifact.json").exists()
@@ -192,15 +206,24 @@ def test_the_main_job_in_one_line(shop):
 
 @pytest.mark.slow
 def test_a_goal_that_is_not_met_is_exit_code_1(shop):
-    ran = run(shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "30s", "--out", "closest")
+    ran = run(
+        shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "30s", "--out", "closest"
+    )
     assert ran.returncode == 1 and (shop / "closest" / "artifact.json").exists()
 
 
-@pytest.mark.parametrize("words", [
-    ("optimize", *COLUMNS, "--budget", "0"), ("optimize", *COLUMNS, "--max-drop", "7"),
-    ("optimize", "nothing.csv"), ("optimize", "reviews.csv", "--text", "reveiw"), ("optimize", *COLUMNS, "--minimize", "x"),
-    ("optimize", *COLUMNS, "--metric", "acuracy"), ("recipe", "run", "none.yaml", *COLUMNS),
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optimize", *COLUMNS, "--budget", "0"),
+        ("optimize", *COLUMNS, "--max-drop", "7"),
+        ("optimize", "nothing.csv"),
+        ("optimize", "reviews.csv", "--text", "reveiw"),
+        ("optimize", *COLUMNS, "--minimize", "x"),
+        ("optimize", *COLUMNS, "--metric", "acuracy"),
+        ("recipe", "run", "none.yaml", *COLUMNS),
+    ],
+)
 def test_bad_input_is_exit_code_2_and_nothing_is_left(shop, words):
     ran = run(shop, *words, "--out", "never")
     assert ran.returncode == 2 and "Traceback" not in ran.stderr and "do:" in ran.stderr, ran.stderr

@@ -1,6 +1,7 @@
 """The package as others get it: built, installed, imported."""
 import ast
 import importlib
+import inspect
 import pickle
 import shutil
 import subprocess
@@ -123,7 +124,18 @@ def test_import_is_light(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ecomopt._HOME_OF))
 def test_lazy_name_is_there(name):
-    assert getattr(ecomopt, name) is getattr(importlib.import_module(f"ecomopt.{ecomopt._HOME_OF[name]}"), name)
+    found, home = getattr(ecomopt, name), importlib.import_module(f"ecomopt.{ecomopt._HOME_OF[name]}")
+    assert getattr(found, "_function", found) is getattr(home, name)  # `optimize` is a folder, too
+
+
+def test_the_folder_optimize_is_called_like_its_function():
+    import ecomopt.optimize.recipe as recipe_module
+    from ecomopt import optimize
+
+    assert (
+        recipe_module.Recipe is ecomopt.Recipe and inspect.signature(optimize).parameters["budget"].default == "20min"
+    )
+    with pytest.raises(EcomoptError, match="task"): optimize("reviews")
 
 
 def test_command_line_says_what_it_does(tmp_path):
