@@ -161,10 +161,8 @@ def shop(task, teacher, tmp_path_factory):
     """A shop's folder: a file of reviews and a teacher."""
     folder = tmp_path_factory.mktemp("shop")
     draw = random.Random(0)
-    rows = [
-        f'"{" ".join(draw.choices(tiny.WORDS[:8], k=5))} {("bad", "good")[i % 2]} {i}",{("negative", "positive")[i % 2]}'
-        for i in range(300)
-    ]
+    words = [" ".join(draw.choices(tiny.WORDS[:8], k=5)) for _ in range(300)]
+    rows = [f"{text} {('bad', 'good')[i % 2]} {i},{('negative', 'positive')[i % 2]}" for i, text in enumerate(words)]
     (folder / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
     save(teacher, folder / "teacher")
     return folder
