@@ -3,7 +3,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS  := dev,runtimes
+EXTRAS  := dev,runtimes,serve
 ASSETS  := minilm smollm2 reviews reviews_zh
 READY   := $(VENV)/.ready
 

@@ -113,7 +113,7 @@ def test_imports_are_declared():
     assert (
         missing(at_once, declared("requirements"))
         == []
-        == missing(inside, declared("requirements", "runtimes_requirements"))
+        == missing(inside, declared("requirements", "runtimes_requirements", "serve_requirements"))
     )
 
 
