@@ -33,7 +33,7 @@ class EcomoptError(Exception):
 _HOMES = {
     "core.assets": "ASSETS Asset fetch", "core.data": "Task load_task",
     "core.train": "Classifier finetune load_model",
-    "core.artifact": "load save", "core.measure": "Measurement compare measure",
+    "core.artifact": "artifact_info load save", "core.measure": "Measurement compare measure",
     "core.generate": "LanguageModel load_language_model",
     "core.hardware": "describe_hardware", "core.verdict": "Verdict noninferiority verdicts",
     "compress.distill": "DistillationTrainer distill",
@@ -50,7 +50,7 @@ _HOMES = {
     "optimize.recipe": "Recipe", "optimize.candidates": "Goal",
     "optimize.report": "html_report model_card report",
     "optimize.optimize": "OptimizeResult optimize",
-    "optimize.serve": "create_app serve",
+    "optimize.serve": "Limits create_app serve",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.compress.share import codebooks_to_int8 as codebooks_to_int8
     from ecomopt.compress.share import share_weights as share_weights
     from ecomopt.compress.structured import prune_structured as prune_structured
+    from ecomopt.core.artifact import artifact_info as artifact_info
     from ecomopt.core.artifact import load as load
     from ecomopt.core.artifact import save as save
     from ecomopt.core.assets import ASSETS as ASSETS
@@ -96,6 +97,7 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.optimize.report import html_report as html_report
     from ecomopt.optimize.report import model_card as model_card
     from ecomopt.optimize.report import report as report
+    from ecomopt.optimize.serve import Limits as Limits
     from ecomopt.optimize.serve import create_app as create_app
     from ecomopt.optimize.serve import serve as serve
     from ecomopt.tune.bayes import Tuner as Tuner

@@ -1,4 +1,5 @@
 """One call: a winner always, gates, limits, unbalanced classes, interruption, bad input, the command line."""
+import inspect
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from datasets import Dataset
 
 from ecomopt import EcomoptError, Goal, Recipe, finetune, load, optimize, save
 from ecomopt.core.artifact import disk_bytes
+from ecomopt.core.steps import _KINDS, step_kinds
 from ecomopt.optimize import optimize as module
 from ecomopt.optimize.recipe import StepContext
 
@@ -33,8 +35,17 @@ def teacher(task, tmp_path_factory):
     return finetune(folder, task, epochs=30, learning_rate=1e-3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_conversion():
+    """Without the runtimes, whose conversions take seconds, a search of tiny models is quick; one test has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        step_kinds()
+        patch.delitem(_KINDS, "convert")
+        yield
+
+
 @pytest.fixture(scope="module")
-def result(task, teacher): return optimize(task, teacher, Goal(max_drop=0.2), "75s")
+def result(task, teacher): return optimize(task, teacher, Goal(max_drop=0.2), "40s")
 
 
 @pytest.mark.slow
@@ -42,8 +53,7 @@ def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
     trials = result.data["trials"]
     won = [trial for trial in trials if trial["winner"]]
     assert len(won) == 1 and result.feasible and won[0]["drop"] <= 0.2
-    feasible = [t for t in trials if t["status"] == "trained" and t["drop"] <= 0.1]
-    assert won[0]["latency_ms"] <= min(t["latency_ms"] for t in feasible) * 1.5
+    assert len(trials) > 3 and any(t["fraction"] and t["fraction"] < 1 or t["status"] != "trained" for t in trials[1:])
     assert all(gate["passed"] for gate in result.data["gates"]) and len(result.data["gates"]) == 4
     assert result.verdict.sentences == len(task.test)
     assert trials[0]["steps"] == [], "the teacher is the first trial"
@@ -87,7 +97,7 @@ def test_the_front_is_a_front_and_tables_are_whole(result):
 @pytest.mark.slow
 def test_what_breaks_a_limit_is_never_trained(task, teacher):
     most = 0.9 * disk_bytes_of(teacher)
-    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"), "60s")
+    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"), "30s")
     over = [t for t in found.data["trials"] if t["disk_bytes"] and t["disk_bytes"] > most]
     assert over and all(t["status"] == "cost" and t["drop"] is None for t in over)
     assert found.feasible and found.data["winner"]["disk_bytes"] <= most
@@ -101,7 +111,7 @@ def disk_bytes_of(model) -> int:
 
 @pytest.mark.slow
 def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path):
-    found = optimize(task, teacher, Goal(max_bytes=10), "40s")
+    found = optimize(task, teacher, Goal(max_bytes=10), "10s")
     assert not found.feasible and "None of" in found.data["reason"]
     assert load(found.save(tmp_path / "closest")).labels == task.labels
 
@@ -118,7 +128,7 @@ def test_interruption_finishes_with_the_best_so_far(task, teacher):
 def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch):
     def broken(*arguments): raise EcomoptError("It is broken.", "here", "Mend it.")
     monkeypatch.setattr(module, "build_untrained", broken)
-    found = optimize(task, teacher, Goal(max_drop=0.2), "30s")
+    found = optimize(task, teacher, Goal(max_drop=0.2), "10s")
     assert all(t["status"] in ("failed", "trained") for t in found.data["trials"]) and found.model is teacher
     assert any(t["why"] == "It is broken." for t in found.data["trials"])
 
@@ -205,7 +215,7 @@ def test_the_main_job_in_one_line(shop):
 @pytest.mark.slow
 def test_a_goal_that_is_not_met_is_exit_code_1(shop):
     ran = run(
-        shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "30s", "--out", "closest"
+        shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "10s", "--out", "closest"
     )
     assert ran.returncode == 1 and (shop / "closest" / "artifact.json").exists()
 
@@ -237,7 +247,7 @@ def test_an_output_that_holds_something_else_is_refused(shop):
 
 @pytest.mark.slow
 def test_two_runs_on_one_output(shop):
-    words = [BINARY, "optimize", *COLUMNS, "--model", "teacher", "--budget", "60s", "--out", "both"]
+    words = [BINARY, "optimize", *COLUMNS, "--model", "teacher", "--budget", "10min", "--out", "both"]
     with subprocess.Popen(words, cwd=shop, stderr=subprocess.PIPE, text=True) as first:
         while "searching" not in first.stderr.readline(): pass
         second = run(shop, *words[1:])
@@ -277,3 +287,10 @@ def test_help_teaches_by_example():
         shown = subprocess.run([BINARY, name, "--help"], capture_output=True, text=True, check=True,
                                env=os.environ | {"COLUMNS": "120"}).stdout
         assert "Example: " in shown and "ecomopt" in shown
+
+
+def test_limits_of_the_command_are_those_of_the_server():
+    from ecomopt.optimize.cli import _serve
+    from ecomopt.optimize.serve import Limits
+    defaults = {name: p.default for name, p in inspect.signature(_serve).parameters.items()}
+    assert {name: defaults[name] for name in vars(Limits())} == vars(Limits())

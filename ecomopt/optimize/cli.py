@@ -68,7 +68,7 @@ def assets(
     console = Console(force_jupyter=False)  # plain stdout in a notebook too, so it can be captured
     console.print(table)
 
-# %% ../../nbs/optimize/59_cli.ipynb #240a8d59
+# %% ../../nbs/optimize/59_cli.ipynb #daa3c0da
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
 _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
@@ -83,7 +83,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int, typer.Option(help="Of torch.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #1c612c37
+# %% ../../nbs/optimize/59_cli.ipynb #501d7c90
 def _task(source: str, text: str, label: str, group: str | None, metric: str, seed: int) -> Any:
     "A task of the book, or one made of a file."
     from dataclasses import replace
@@ -102,7 +102,7 @@ def _classifier(source: str, task: Any = None) -> Any:
     if task is None or (Path(source).expanduser() / "artifact.json").exists(): return load(source)
     return load_model(source, task.labels)
 
-# %% ../../nbs/optimize/59_cli.ipynb #fb72a866
+# %% ../../nbs/optimize/59_cli.ipynb #53ac6474
 @contextmanager
 def _output(out: Path) -> Iterator[Path]:
     "The artifact's directory, checked before any work, and taken by one process at a time."
@@ -128,7 +128,7 @@ def _print(result: dict, as_json: bool, text: str) -> None:
     "The result, for a script or for a person."
     print(json.dumps(result) if as_json else text)
 
-# %% ../../nbs/optimize/59_cli.ipynb #75d1d40e
+# %% ../../nbs/optimize/59_cli.ipynb #e2dfd058
 @app.command("measure")
 def _measure(
     model: _Model,
@@ -152,7 +152,7 @@ def _measure(
     compared = compare({model: _classifier(model, task)}, task, split, threads=threads)
     _print(compared.measurements[model].to_dict(), as_json, compared.table.T.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #96ab8e22
+# %% ../../nbs/optimize/59_cli.ipynb #544566b0
 @app.command("distill")
 def _distill(
     teacher: _Model,
@@ -175,7 +175,7 @@ def _distill(
     task = _task(data, text, label, group, "accuracy", seed)
     _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
 
-# %% ../../nbs/optimize/59_cli.ipynb #049bb9d0
+# %% ../../nbs/optimize/59_cli.ipynb #23819bf7
 @app.command("quantize")
 def _quantize(
     model: Annotated[str, typer.Argument(help="An artifact.", metavar="MODEL")],
@@ -195,7 +195,7 @@ def _quantize(
         save(small, out, [{"quantize": options}])
     print(f"{out}: {disk_bytes(out) / 1e6:.1f} MB, from {disk_bytes(model) / 1e6:.1f} MB")
 
-# %% ../../nbs/optimize/59_cli.ipynb #9e259575
+# %% ../../nbs/optimize/59_cli.ipynb #72e5405f
 _recipes = typer.Typer(help="Recipes: chains of steps in a YAML file.", no_args_is_help=True)
 app.add_typer(_recipes, name="recipe")
 
@@ -212,7 +212,7 @@ def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -
     print(f"saved: {out}", file=sys.stderr)
     return result
 
-# %% ../../nbs/optimize/59_cli.ipynb #9ac7427a
+# %% ../../nbs/optimize/59_cli.ipynb #d493f4da
 @_recipes.command("run")
 def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
@@ -230,7 +230,7 @@ def _recipe_run(
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
 
-# %% ../../nbs/optimize/59_cli.ipynb #87d3e36c
+# %% ../../nbs/optimize/59_cli.ipynb #3ede7e7e
 def _show_trial(trial: Any) -> None:
     "One line a trial."
     cost = (
@@ -242,7 +242,7 @@ def _show_trial(trial: Any) -> None:
     share = f"on {100 * trial.fraction:.0f} % of the texts" if trial.fraction else ""
     _say(f"  {trial.number:3}  {trial.name}  {cost}  {drop} {share} {trial.why or ''}")
 
-# %% ../../nbs/optimize/59_cli.ipynb #3613f99f
+# %% ../../nbs/optimize/59_cli.ipynb #86b1bf45
 _Teacher = Annotated[str, typer.Option(help="A directory, or a name that is fine-tuned first.")]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
@@ -252,7 +252,7 @@ _Minimize = Annotated[str, typer.Option(help="latency or bytes.")]
 _Budget = Annotated[str, typer.Option(help="For the search: 90s, 20min, 1.5h.")]
 _Jobs = Annotated[int, typer.Option(help="Trials at a time.")]
 
-# %% ../../nbs/optimize/59_cli.ipynb #b12f2181
+# %% ../../nbs/optimize/59_cli.ipynb #54d4030d
 @app.command("optimize")
 def _optimize(
     data: _Data, out: _Out, text: _Text = "text", label: _Label = "label", group: _Group = None,
@@ -275,7 +275,7 @@ def _optimize(
     _print(*_summary(result, out, as_json))
     if not result.feasible: raise typer.Exit(1)
 
-# %% ../../nbs/optimize/59_cli.ipynb #bcb30d67
+# %% ../../nbs/optimize/59_cli.ipynb #86088ec3
 def _searched(
     task: Any, model: str, goal: Any, seconds: float, seed: int, threads: int, jobs: int
 ) -> Any:
@@ -299,7 +299,7 @@ def _summary(result: Any, out: Path, as_json: bool) -> tuple[dict, bool, str]:
     last = [f"{name}: {found[name]}" for name in ("artifact", "report")]
     return found, as_json, "\n".join([str(result), *result.data["notes"], *last])
 
-# %% ../../nbs/optimize/59_cli.ipynb #236c818c
+# %% ../../nbs/optimize/59_cli.ipynb #27b7ecf2
 @app.command("report")
 def _report(
     path: Annotated[Path, typer.Argument(help="An artifact that optimize made.")],
@@ -314,7 +314,7 @@ def _report(
     from ecomopt.optimize.report import report
     print(report(path, out))
 
-# %% ../../nbs/optimize/59_cli.ipynb #60ce440d
+# %% ../../nbs/optimize/59_cli.ipynb #8a370f30
 def _csv_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Rows of a CSV stream and their texts."
     reader = csv.DictReader(file)
@@ -339,7 +339,7 @@ def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Lines of a stream."
     for line in file: yield {"text": line.rstrip("\r\n")}, line.rstrip("\r\n")
 
-# %% ../../nbs/optimize/59_cli.ipynb #40f2ecf5
+# %% ../../nbs/optimize/59_cli.ipynb #ebf680ec
 _READERS = {"csv": _csv_rows, "jsonl": _json_rows, "lines": _line_rows}
 
 
@@ -348,7 +348,7 @@ def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
     rows = iter(rows)
     while batch := list(islice(rows, size)): yield batch
 
-# %% ../../nbs/optimize/59_cli.ipynb #bf32a1f8
+# %% ../../nbs/optimize/59_cli.ipynb #85fd5714
 def _source(file: str, kind: str) -> Any:
     "The stream to read."
     if kind not in _READERS:
@@ -373,7 +373,7 @@ def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
         writer.writerows(rows)
         sys.stdout.flush()
 
-# %% ../../nbs/optimize/59_cli.ipynb #aa41d2d9
+# %% ../../nbs/optimize/59_cli.ipynb #f55a91b2
 def _labelled(model: Any, batch: list) -> Iterator[dict]:
     "The rows of a batch with label and score."
     scores = model.logits([text for _, text in batch]).softmax(1)
@@ -381,7 +381,7 @@ def _labelled(model: Any, batch: list) -> Iterator[dict]:
         best = int(score.argmax())
         yield row | {"label": model.labels[best], "score": round(float(score[best]), 4)}
 
-# %% ../../nbs/optimize/59_cli.ipynb #363bafd0
+# %% ../../nbs/optimize/59_cli.ipynb #6d220a88
 @app.command("predict")
 def _predict(
     model: _Model,
@@ -403,22 +403,30 @@ def _predict(
             _write(rows, as_json or kind == "jsonl", header=not written)
             written += len(batch)
 
-# %% ../../nbs/optimize/59_cli.ipynb #7718c1a4
+# %% ../../nbs/optimize/59_cli.ipynb #036397ec
+_Queue = Annotated[int, typer.Option(help="Requests under way at a time; more get 429.")]
+_BatchTokens = Annotated[int, typer.Option(help="Tokens of a batch, padding included.")]
+_Texts = Annotated[int, typer.Option(help="Texts of a request; more get 413.")]
+_Body = Annotated[int, typer.Option(help="Bytes of a request; more get 413.")]
+_Timeout = Annotated[float, typer.Option(help="Seconds to send a request, and to answer it.")]
+_Wait = Annotated[float, typer.Option(help="Milliseconds that a text waits for others.")]
+_Token = Annotated[str | None, typer.Option(help="Requests need it.", envvar="ECOMOPT_TOKEN")]
+_Beside = Annotated[str | None, typer.Option(help="An artifact to show beside it at /.")]
+
+# %% ../../nbs/optimize/59_cli.ipynb #952496b7
 @app.command("serve")
 def _serve(
     path: Annotated[str, typer.Argument(help="An artifact.")],
-    host: Annotated[
-        str, typer.Option(help="Another one than loopback needs a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Beyond loopback it needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
-    teacher: Annotated[str | None, typer.Option(help="An artifact to show beside it at /.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Requests need it.", envvar="ECOMOPT_TOKEN")
-    ] = None,
+    teacher: _Beside = None, token: _Token = None,
+    max_queue: _Queue = 256, max_batch_tokens: _BatchTokens = 1024, max_texts: _Texts = 1000,
+    max_body_bytes: _Body = 2**20, timeout_s: _Timeout = 30.0, max_wait_ms: _Wait = 0.0,
 ) -> None:
     """Serve an artifact over HTTP, with a page to try it at /.
 
     Example: ecomopt serve small --teacher teacher
     """
-    from ecomopt.optimize.serve import serve as run
-    run(path, host, port, teacher, token)
+    from ecomopt.optimize.serve import Limits, serve
+    sizes = max_queue, max_batch_tokens, max_texts, max_body_bytes
+    serve(path, host, port, teacher, token, Limits(*sizes, timeout_s, max_wait_ms))

@@ -63,6 +63,7 @@ from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ae66e0e9
 _RUNGS = 0.1, 1 / 3, 1.0
+_TYPICAL = 1 / 3  # drop for each disagreement, before any trial has told
 _STUDENT = {"vocabulary": True, "min_count": 2, "first_token": True}
 _SMALL = {"layers": 0.67, "neurons": 0.17, "heads": 0.34, **_STUDENT}
 _WIDE = {"layers": 0.5, "neurons": 0.34, "heads": 0.5, **_STUDENT, "min_count": 1}
@@ -102,7 +103,9 @@ class Trial:
     why: str | None = None          # it is out
     fraction: float | None = None   # of the texts that it was trained on
     drop: float | None = None       # on the valid split, fraction
-    drop_std: float | None = None   # its standard error
+    drop_std: float | None = None   # its standard error, equation (2)
+    disagreement: float = 0.0       # fraction of texts with another label than the teacher's
+    estimate: float | None = None   # of the drop, equation (3): what the search goes by
     quality: float | None = None    # the task's metric on the valid split
     costs: dict = field(default_factory=dict)  # latency_ms, throughput, disk_bytes
     seconds: float = 0.0            # building, measuring and training
@@ -118,9 +121,11 @@ class Trial:
 def _trained(
     student: Classifier, steps: list[dict], after: list[dict], context: StepContext
 ) -> tuple:
-    "Train a candidate further, and finish it: the student and the final model."
+    "Train a candidate further, and finish it: the student, the final model, and the seconds."
+    start = time.perf_counter()
     student = apply_steps(student, steps, context)
-    return student, apply_steps(student, after, context)
+    seconds = time.perf_counter() - start
+    return student, apply_steps(student, after, context), seconds
 
 
 def _split(steps: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -164,12 +169,14 @@ class _Search:
     def expected(self, steps: list[dict], before: float, after: float) -> float:
         "Expected seconds of training a recipe further: linear in the number of texts."
         kinds = {name: options for step in steps for name, options in step.items()}
-        overhead = 15.0 if not before else 3.0
+        overhead = 30.0 if not before else 15.0  # building and converting
         if not any(_is_training(step) for step in steps): return overhead
         augment = kinds.get("distill", {}).get("augment", 0)
         texts = (after - before) * (len(self.task.train) + len(self.task.transfer) + augment)
-        rates = [seconds / n for n, seconds in self.spent] or [1 / 150]
-        return overhead + texts * float(np.median(rates))
+        rate = (
+            sum(s for _, s in self.spent) / sum(n for n, _ in self.spent) if self.spent else 1 / 150
+        )
+        return overhead + texts * rate
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."
@@ -238,7 +245,7 @@ class _Search:
         if isinstance(result, str):
             trial.status, trial.why, candidate.out = "failed", result, result
         else:
-            self.count(candidate.what, before, fraction, seconds)
+            self.count(candidate.what, before, fraction, result[2])
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
             self.judge(candidate, trial, fraction, result[1])
         if self.on_trial: self.on_trial(trial)
@@ -257,14 +264,25 @@ class _Search:
         trial.quality = self.task.score(self.actual, found)
         trial.drop = self.teacher_score - trial.quality
         trial.model, trial.fraction = model, fraction
-        trial.drop_std = float(np.sqrt((found != self.answers).mean() / len(found)))
-        self.search.tell_drop(candidate, fraction, trial.drop)
-        if self.is_over(candidate, trial) or trial.drop > self.goal.max_drop: return
+        trial.disagreement = float((found != self.answers).mean())
+        trial.drop_std = math.sqrt(trial.disagreement / len(found))
+        trial.estimate = self.estimate(trial)
+        self.search.tell_drop(candidate, fraction, trial.estimate)
+        if self.is_over(candidate, trial) or trial.estimate > self.goal.max_drop: return
         labels, most = self.task.labels, self.goal.max_class_drop
         gates = [_same_labels(model, self.texts), _label_order(model, labels)]
         gates.append(_no_lost_class(found, self.answers, self.actual, labels, most))
         failed = [gate for gate in gates if not gate["passed"]]
         if failed: self.fail_gate(candidate, trial, failed[0])
+
+    def estimate(self, trial: Trial) -> float:
+        "The drop, shrunk towards what trials with such a disagreement lose, equation (3)."
+        known = [t for t in self.trials.values() if t.drop is not None]
+        lost, differ = (sum(getattr(t, name) for t in known) for name in ("drop", "disagreement"))
+        typical = max(0.0, (lost + _TYPICAL / 10) / (differ + 0.1)) * trial.disagreement
+        if not trial.disagreement: return trial.drop
+        weight = typical**2 / (typical**2 + 4 * trial.drop_std**2)
+        return weight * trial.drop + (1 - weight) * typical
 
     def is_over(self, candidate: Candidate, trial: Trial) -> bool:
         "Measure the costs of a trained candidate once more; whether they break a limit now."
@@ -325,7 +343,8 @@ class _Search:
     def distance(self, trial: Trial) -> float:
         "How far a trial is from the goal: the sum of log ratios to the limits, and of drops."
         over = [np.log(trial.costs[name] / limit) for name, limit in self.goal.limits.items()]
-        drop = max(0.0, trial.drop - self.goal.max_drop) / self.goal.max_drop
+        lost = trial.drop if trial.estimate is None else trial.estimate
+        drop = max(0.0, lost - self.goal.max_drop) / self.goal.max_drop
         return float(sum(max(0.0, one) for one in over) + np.log1p(drop) + (trial.status == "gate"))
 
 # %% ../../nbs/optimize/54_optimize.ipynb #109a8d0f
@@ -401,7 +420,8 @@ def _step_gains(search: _Search, trial: Trial) -> list[dict]:
 def _trial_row(trial: Trial) -> dict:
     "A trial as plain data."
     names = ("latency_ms", "throughput", "disk_bytes")
-    plain = ("number", "name", "steps", "status", "why", "fraction", "drop", "quality", "seconds")
+    plain = ("number", "name", "steps", "status", "why", "fraction", "drop", "estimate",
+             "quality", "seconds")
     options = {name: options for step in trial.steps for name, options in step.items()}
     return {name: getattr(trial, name) for name in plain} | {"options": options} | {
         name: trial.costs.get(name) for name in names
@@ -490,17 +510,9 @@ class OptimizeResult:
     def table(self) -> pd.DataFrame:
         "One row a trial, the winner and the Pareto front marked."
         rows = pd.DataFrame(self.data["trials"])
-        shown = [
-            "name",
-            "status",
-            "fraction",
-            "quality",
-            "drop",
-            "latency_ms",
-            "throughput",
-            "disk_bytes",
-        ]
-        return rows[[*shown, "pareto", "winner", "why"]]
+        shown = ["name", "status", "fraction", "quality", "drop", "estimate"]
+        costs = ["latency_ms", "throughput", "disk_bytes"]
+        return rows[[*shown, *costs, "pareto", "winner", "why"]]
 
     def save(
         self,
