@@ -461,7 +461,7 @@ def test_the_metric_is_set_when_a_file_is_read(tmp_path):
     ("f1_macro", partial(f1_score, average="macro")),
     (make_scorer(fbeta_score, beta=2, average="macro"), partial(fbeta_score, beta=2, average="macro")),
     (make_scorer(hamming_loss, greater_is_better=False), lambda labels, said: -hamming_loss(labels, said)),
-], ids=str)
+], ids=["f1_weighted", "matthews", "f1_macro", "fbeta", "hamming loss"])
 def test_a_scorer_of_scikit_learn_is_a_metric(scorer, reference):
     labels, predictions = [0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 2, 2]
     task = replace(tiny.task(), labels=("a", "b", "c"), metric=scorer)
