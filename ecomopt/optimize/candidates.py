@@ -209,6 +209,12 @@ def apply_steps(
 
 def _is_training(step: dict) -> bool: return step_kind(next(iter(step))).trains
 
+
+def _split(steps: list[dict]) -> tuple[list[dict], list[dict]]:
+    "The steps up to the last training, none if there is no training, and those after it."
+    at = max((i for i, step in enumerate(steps) if _is_training(step)), default=-1)
+    return steps[:at + 1], steps[at + 1:]
+
 # %% ../../nbs/optimize/51_candidates.ipynb #7e848239
 def rung(
     steps: list[dict],         # of a recipe
@@ -238,11 +244,10 @@ def build_untrained(
     context: StepContext,  # the task and the teacher
 ) -> Classifier:           # as large and as fast as the trained model
     "Apply a recipe without its trainings."
-    at = max((i for i, step in enumerate(steps) if _is_training(step)), default=-1)
-    model = apply_steps(
-        context.teacher, [s for s in steps[: max(at, 0)] if not _is_training(s)], context
-    )
-    return apply_steps(model, steps[at + 1:], _small(context) if at >= 0 else context)
+    before, after = _split(steps)
+    untrained = [step for step in before if not _is_training(step)]
+    model = apply_steps(context.teacher, untrained, context)
+    return apply_steps(model, after, _small(context) if before else context)
 
 # %% ../../nbs/optimize/51_candidates.ipynb #94cabb1c
 def file_bytes(

@@ -44,11 +44,11 @@ from ..core.verdict import Verdict, noninferiority_test
 from ecomopt.optimize.candidates import (
     Goal,
     RecipeSpace,
-    _is_training,
     _label_order,
     _no_lost_class,
     _reloads,
     _same_labels,
+    _split,
     apply_steps,
     build_untrained,
     file_bytes,
@@ -110,6 +110,7 @@ class Trial:
     costs: dict = field(default_factory=dict)  # latency_ms, throughput, disk_bytes
     seconds: float = 0.0            # building, measuring and training
     model: Classifier | None = field(default=None, repr=False)  # as far as it was trained
+    answers: np.ndarray | None = field(default=None, repr=False)  # its class numbers, valid split
     measured: list[dict] = field(default_factory=list, repr=False)  # costs, each time
 
     @property
@@ -126,12 +127,6 @@ def _trained(
     student = apply_steps(student, steps, context)
     seconds = time.perf_counter() - start
     return student, apply_steps(student, after, context), seconds
-
-
-def _split(steps: list[dict]) -> tuple[list[dict], list[dict]]:
-    "The steps up to the last training, and those after it."
-    at = max((i for i, step in enumerate(steps) if _is_training(step)), default=-1)
-    return steps[:at + 1], steps[at + 1:]
 
 # %% ../../nbs/optimize/54_optimize.ipynb #1dc621d4
 class _Search:
@@ -166,17 +161,24 @@ class _Search:
             self.goal.cost, self.goal.limits, self.goal.max_drop, self.space.propose, self.expected,
             _RUNGS, first, self.context.seed)
 
+    def costs(self, model: Classifier, *effort: int) -> dict[str, float]:
+        "Latency, throughput and bytes of a model; `effort`: rounds, and texts one by one."
+        known = (self.context.teacher, self.sample, self.teacher_ms, self.teacher_rate)
+        return measure_costs(model, *known, *effort)
+
     def expected(self, steps: list[dict], before: float, after: float) -> float:
         "Expected seconds of training a recipe further: linear in the number of texts."
-        kinds = {name: options for step in steps for name, options in step.items()}
         overhead = 30.0 if not before else 15.0  # building and converting
-        if not any(_is_training(step) for step in steps): return overhead
-        augment = kinds.get("distill", {}).get("augment", 0)
-        texts = (after - before) * (len(self.task.train) + len(self.task.transfer) + augment)
-        rate = (
-            sum(s for _, s in self.spent) / sum(n for n, _ in self.spent) if self.spent else 1 / 150
-        )
-        return overhead + texts * rate
+        if not _split(steps)[0]: return overhead
+        rate = 1 / 150  # seconds a text, before any training has told
+        if self.spent: rate = sum(s for _, s in self.spent) / sum(n for n, _ in self.spent)
+        return overhead + self.n_texts(steps, before, after) * rate
+
+    def n_texts(self, steps: list[dict], before: float, after: float) -> float:
+        "How many texts a recipe is trained on from one fraction to another."
+        options = next((step["distill"] for step in steps if "distill" in step), {})
+        texts = len(self.task.train) + len(self.task.transfer) + options.get("augment", 0)
+        return (after - before) * texts
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."
@@ -205,14 +207,13 @@ class _Search:
     def measure(self, candidate: Candidate) -> bool:
         "Build a candidate untrained and measure what it costs; False if it is out."
         if candidate.costs: return True
-        needs_training = any(_is_training(step) for step in candidate.what)
+        needs_training = bool(_split(candidate.what)[0])
         start = time.perf_counter()
         trial = Trial(len(self.trials), candidate.what)
         self.trials[id(candidate)] = trial
         try:
             model = build_untrained(candidate.what, self.context)
-            trial.costs = measure_costs(
-                model, self.context.teacher, self.sample, self.teacher_ms, self.teacher_rate)
+            trial.costs = self.costs(model)
             trial.measured.append(trial.costs)
             if not self.search.tell_costs(candidate, trial.costs): trial.status = "cost"
             elif not needs_training: self.judge(candidate, trial, 1.0, model)
@@ -245,35 +246,24 @@ class _Search:
         if isinstance(result, str):
             trial.status, trial.why, candidate.out = "failed", result, result
         else:
-            self.count(candidate.what, before, fraction, result[2])
+            n_texts = self.n_texts(candidate.what, before, fraction)
+            self.spent.append((max(1.0, n_texts), result[2]))
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
             self.judge(candidate, trial, fraction, result[1])
         if self.on_trial: self.on_trial(trial)
-
-    def count(self, steps: list[dict], before: float, after: float, seconds: float) -> None:
-        "Remember how long a training of so many texts took."
-        augment = {k: v for step in steps for k, v in step.items()}.get("distill", {}).get(
-            "augment", 0
-        )
-        texts = (after - before) * (len(self.task.train) + len(self.task.transfer) + augment)
-        self.spent.append((max(1.0, texts), seconds))
 
     def judge(self, candidate: Candidate, trial: Trial, fraction: float, model: Classifier) -> None:
         "Measure the quality of a trained candidate on the valid split, and try the quick gates."
         found = _predict(trial.name, model, self.texts, self.task.labels, 32)
         trial.quality = self.task.score(self.actual, found)
         trial.drop = self.teacher_score - trial.quality
-        trial.model, trial.fraction = model, fraction
+        trial.model, trial.fraction, trial.answers = model, fraction, found
         trial.disagreement = float((found != self.answers).mean())
         trial.drop_std = math.sqrt(trial.disagreement / len(found))
         trial.estimate = self.estimate(trial)
         self.search.tell_drop(candidate, fraction, trial.estimate)
         if self.is_over(candidate, trial) or trial.estimate > self.goal.max_drop: return
-        labels, most = self.task.labels, self.goal.max_class_drop
-        gates = [_same_labels(model, self.texts), _label_order(model, labels)]
-        gates.append(_no_lost_class(found, self.answers, self.actual, labels, most))
-        failed = [gate for gate in gates if not gate["passed"]]
-        if failed: self.fail_gate(candidate, trial, failed[0])
+        self.keep(candidate, trial, self.quick_gates(trial))
 
     def estimate(self, trial: Trial) -> float:
         "The drop, shrunk towards what trials with such a disagreement lose, equation (3)."
@@ -286,8 +276,7 @@ class _Search:
 
     def is_over(self, candidate: Candidate, trial: Trial) -> bool:
         "Measure the costs of a trained candidate once more; whether they break a limit now."
-        costs = measure_costs(
-            trial.model, self.context.teacher, self.sample, self.teacher_ms, self.teacher_rate)
+        costs = self.costs(trial.model)
         trial.measured.append(costs)
         trial.costs = {
             name: float(np.median([one[name] for one in trial.measured])) for name in costs
@@ -296,10 +285,13 @@ class _Search:
         trial.status, trial.why = "cost", candidate.out
         return True
 
-    def fail_gate(self, candidate: Candidate, trial: Trial, gate: dict) -> None:
-        "Leave out a candidate that fails a gate."
-        candidate.out = trial.why = f"{gate['name']}: {gate['detail']}"
+    def keep(self, candidate: Candidate, trial: Trial, gates: list[dict]) -> bool:
+        "Whether all gates are passed; a candidate that fails one is left out."
+        failed = [gate for gate in gates if not gate["passed"]]
+        if not failed: return True
+        candidate.out = trial.why = f"{failed[0]['name']}: {failed[0]['detail']}"
         trial.status = "gate"
+        return False
 
     def winner(self) -> tuple[Trial, list[dict], bool]:
         "The best candidate, trained on all texts; its gates; whether it is feasible."
@@ -310,24 +302,25 @@ class _Search:
                 self.train([(best, 1.0)])
                 continue
             gates = self.gates(trial)
-            failed = [gate for gate in gates if not gate["passed"]]
-            if not failed: return trial, gates, True
-            self.fail_gate(best, trial, failed[0])
+            if self.keep(best, trial, gates): return trial, gates, True
         trial = self.closest()
         gates = self.gates(trial)
         feasible = not self.distance(trial) and all(gate["passed"] for gate in gates)
         return trial, gates, feasible
 
-    def gates(self, trial: Trial) -> list[dict]:
-        "All gates of a model."
-        found = _predict(trial.name, trial.model, self.texts, self.task.labels, 32)
+    def quick_gates(self, trial: Trial) -> list[dict]:
+        "The gates that take no new process."
         labels, most = self.task.labels, self.goal.max_class_drop
         return [
             _same_labels(trial.model, self.texts),
-            _reloads(trial.model, self.texts),
             _label_order(trial.model, labels),
-            _no_lost_class(found, self.answers, self.actual, labels, most),
+            _no_lost_class(trial.answers, self.answers, self.actual, labels, most),
         ]
+
+    def gates(self, trial: Trial) -> list[dict]:
+        "All gates of a model."
+        first, *others = self.quick_gates(trial)
+        return [first, _reloads(trial.model, self.texts), *others]
 
     def closest(self) -> Trial:
         "The trial that breaks the goal least; the teacher itself if none was trained."
@@ -336,7 +329,7 @@ class _Search:
         size = file_bytes(self.context.teacher)
         costs = dict(latency_ms=self.teacher_ms, throughput=self.teacher_rate, disk_bytes=size)
         trial = Trial(len(self.trials), [], fraction=1.0, drop=0.0, quality=self.teacher_score,
-                      costs=costs, model=self.context.teacher)
+                      costs=costs, model=self.context.teacher, answers=self.answers)
         self.trials["teacher"] = trial
         return trial
 
@@ -365,12 +358,11 @@ def _tfidf(task: Task, texts: list[str], actual: np.ndarray) -> dict:
     start = time.perf_counter()
     found = model.predict(texts)
     seconds = time.perf_counter() - start
+    scored = quality(found, actual, task.labels)
     return {
         "name": "TF-IDF + logistic regression",
-        **{
-            name: quality(found, actual, task.labels)[name]
-            for name in ("accuracy", "accuracy_interval")
-        },
+        "accuracy": scored["accuracy"],
+        "accuracy_interval": scored["accuracy_interval"],
         "score": task.score(actual, found),
         "throughput": len(texts) / seconds,
         "disk_bytes": len(pickle.dumps(model)),
@@ -396,8 +388,7 @@ def _batch_times(teacher: Classifier, model: Classifier, texts: list[str]) -> li
 # %% ../../nbs/optimize/54_optimize.ipynb #0e4005b0
 def _gained(search: _Search, name: str, options: dict, model: Classifier) -> dict:
     "The metric on the valid split and the costs after a step."
-    times = (search.teacher_ms, search.teacher_rate, 1, 10)
-    costs = measure_costs(model, search.context.teacher, search.sample, *times)
+    costs = search.costs(model, 1, 10)
     found = _predict(name, model, search.texts, search.task.labels, 32)
     score = search.task.score(search.actual, found)
     shown = {k: v for k, v in options.items() if k not in ("start", "stop")}

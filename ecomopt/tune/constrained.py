@@ -84,13 +84,16 @@ class ConstrainedSearch:
         self.propose, self.seconds, self.rungs = propose, seconds, tuple(rungs)
         self.queue, self.candidates = list(first), []
         self.seed = _whole_number(seed, "seed", 0)
+        self._fitted: dict[bytes, GaussianProcess] = {}
 
     def ask(
         self,
         seconds_left: float = np.inf,  # what would take longer is not asked for
     ) -> tuple[Candidate, float] | None:  # what to train, and on which fraction; None: nothing
         "The next trial: a new candidate, whose costs are not known yet, or one to train on."
-        if self.queue: return self._new(*self.queue.pop(0)), self.rungs[0]
+        if self.queue:
+            self.candidates.append(Candidate(*self.queue.pop(0)))
+            return self.candidates[-1], self.rungs[0]
         promoted = self._promoted(seconds_left)
         if promoted: return promoted, self._next(promoted)
         rng = np.random.default_rng([self.seed, len(self.candidates), self._n_drops()])
@@ -118,10 +121,6 @@ class ConstrainedSearch:
                 if self.seconds(c.what, rung, self._next(c)) <= seconds_left: return c
         return None
 
-    def _new(self, point: np.ndarray, what: object) -> Candidate:
-        self.candidates.append(Candidate(point, what))
-        return self.candidates[-1]
-
     def _n_drops(self) -> int: return sum(len(c.drops) for c in self.candidates)
 
     def _next(self, candidate: Candidate) -> float | None:
@@ -135,6 +134,7 @@ class ConstrainedSearch:
     ) -> bool:                    # whether it keeps the limits
         "Note what a candidate costs; it is out if that breaks a limit."
         candidate.costs = costs
+        self._fitted.clear()
         over = [name for name, limit in self.limits.items() if costs[name] > limit]
         if over: candidate.out = f"above the limit of {', '.join(over)}"
         return not over
@@ -147,9 +147,14 @@ class ConstrainedSearch:
     ) -> None:
         "Note what a candidate lost."
         candidate.drops[fraction] = drop
+        self._fitted.clear()
 
     def _process(self, X: np.ndarray, y: np.ndarray) -> GaussianProcess:
-        return GaussianProcess(random_state=self.seed).fit(X, y)
+        "A process fitted to these values; fitted once until there are new ones."
+        key = X.tobytes() + y.tobytes()
+        if key not in self._fitted:
+            self._fitted[key] = GaussianProcess(random_state=self.seed).fit(X, y)
+        return self._fitted[key]
 
     def _costs(self, name: str, pool: list[Candidate]) -> tuple[np.ndarray, np.ndarray]:
         "Log costs of candidates and their standard deviations: measured, or predicted."
