@@ -125,6 +125,14 @@ def test_interruption_finishes_with_the_best_so_far(task, teacher):
 
 
 @pytest.mark.slow
+def test_interruption_before_the_first_trial_leaves_the_teacher(task, teacher, monkeypatch):
+    def interrupt(context): raise KeyboardInterrupt
+    monkeypatch.setattr(module, "search_space", interrupt)
+    found = optimize(task, teacher, Goal(max_drop=0.2), "10min")
+    assert found.model is teacher and found.feasible
+
+
+@pytest.mark.slow
 def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch):
     def broken(*arguments): raise EcomoptError("It is broken.", "here", "Mend it.")
     monkeypatch.setattr(module, "build_untrained", broken)
@@ -251,6 +259,7 @@ def test_two_runs_on_one_output(shop):
     with subprocess.Popen(words, cwd=shop, stderr=subprocess.PIPE, text=True) as first:
         while "searching" not in first.stderr.readline(): pass
         second = run(shop, *words[1:])
+        while "teacher" not in first.stderr.readline(): pass
         first.send_signal(signal.SIGINT)
         first.stderr.read()
     assert second.returncode == 2 and "Another run" in second.stderr

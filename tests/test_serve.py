@@ -2,12 +2,10 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,11 +17,11 @@ import httpx
 import pytest
 import tiny
 import torch
+from chromium import CHROMIUM, DRIVER, headless
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -36,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = tiny.WORDS
 TEXTS = [" ".join(WORDS[(i + j * j) % len(WORDS)] for j in range(1 + i % 13)) + f" {i}" for i in range(400)]
 LABELS = ("<b>negative</b>", "positive & good")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 # ---------------------------------------------------------------- batches
@@ -511,18 +508,9 @@ def test_a_token_guards_answers_and_metrics(paths):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium that keeps a log of its console and of its requests."""
+    """Chromium with the width of a phone."""
     if not (CHROMIUM and DRIVER): pytest.skip("needs chromium and chromedriver on the PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in f"""user-data-dir={profile} window-size=400,900 headless no-sandbox disable-gpu no-first-run
-                disable-dev-shm-usage disable-background-networking disable-component-update disable-sync""".split():
-            options.add_argument(f"--{flag}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        yield driver
-        driver.quit()
+    with headless("400,900") as driver: yield driver
 
 
 def classify(browser, text: str) -> list[list[str]]:

@@ -1,8 +1,6 @@
 """The site in a browser, from the stored outputs: pages, links, images, math, search, no network."""
 import json
 import re
-import shutil
-import tempfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -10,13 +8,12 @@ from urllib.parse import urldefrag
 
 import pytest
 import yaml
-from selenium import webdriver
+from chromium import CHROMIUM, DRIVER, headless
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tools.site import IMPORT, ROOT, build, notebooks, staged_name, translate
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.xdist_group("site")
 
 
@@ -86,18 +83,10 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(site):
-    """Headless Chromium that keeps a log of its console and of its requests."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in f"""user-data-dir={profile} window-size=1280,1600 headless no-sandbox disable-gpu no-first-run
-                disable-dev-shm-usage disable-background-networking disable-component-update disable-sync""".split():
-            options.add_argument(f"--{flag}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    """Chromium with the width of a desk."""
+    with headless("1280,1600") as driver:
         driver.set_page_load_timeout(60)
         yield driver
-        driver.quit()
 
 
 def pages() -> list[str]:

@@ -70,9 +70,13 @@ class Classifier:
         result = torch.empty(len(ids), self.model.config.num_labels)
         for start in range(0, len(ids), batch_size):
             rows = order[start:start + batch_size]
-            padded = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            result[rows] = self.model(**padded.to(self.model.device)).logits.float().cpu()
+            result[rows] = self._batch_logits([ids[i] for i in rows])
         return pretrained._check_finite(result)
+
+    def _batch_logits(self, ids: list[list[int]]) -> torch.Tensor:
+        "The logits [B, C] of one padded batch of token ids."
+        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        return self.model(**padded.to(self.model.device)).logits.float().cpu()
 
     def predict(
         self,

@@ -49,8 +49,7 @@ def _encode(model: Classifier, texts: list[str]) -> tuple[list[list[int]], list[
 @torch.inference_mode()
 def _infer(model: Classifier, rows: list[list[int]]) -> torch.Tensor:
     "The logits [B, C] of one padded batch of token ids."
-    padded = model.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-    return _check_finite(model.model(**padded.to(model.model.device)).logits.float().cpu())
+    return _check_finite(model._batch_logits(rows))
 
 # %% ../../nbs/optimize/55_batching.ipynb #9a56c102
 @dataclass(eq=False)

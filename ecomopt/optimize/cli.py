@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from .. import EcomoptError
 from ..core.assets import ASSETS, assets_table, cache_dir, fetch
+from ..core.checks import _unknown
 
 # %% ../../nbs/optimize/59_cli.ipynb #567499f3
 class Commands(TyperGroup):
@@ -128,6 +129,14 @@ def _print(result: dict, as_json: bool, text: str) -> None:
     "The result, for a script or for a person."
     print(json.dumps(result) if as_json else text)
 
+# %% ../../nbs/optimize/59_cli.ipynb #71b32f8f
+def _teacher(model: str, task: Any, seed: int) -> Any:
+    "A directory, or a model that is fine-tuned by its name."
+    from ecomopt.core.train import finetune
+    if Path(model).exists(): return _classifier(model, task)
+    _say(f"fine-tuning {model}")
+    return finetune(model, task, seed=seed)
+
 # %% ../../nbs/optimize/59_cli.ipynb #e2dfd058
 @app.command("measure")
 def _measure(
@@ -202,14 +211,12 @@ app.add_typer(_recipes, name="recipe")
 
 def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -> Any:
     "Run a recipe and save what it makes."
-    from ecomopt.core.train import finetune
-    is_name = not Path(model).exists()
     with _output(out):
-        teacher = finetune(model, task, seed=recipe.seed) if is_name else _classifier(model, task)
+        teacher = _teacher(model, task, recipe.seed)
         def done(step): _say(f"  {step.name}: {step.seconds:.0f} s")
         result = recipe.run(task, teacher, measured, done)
         result.save(out)
-    print(f"saved: {out}", file=sys.stderr)
+    _say(f"saved: {out}")
     return result
 
 # %% ../../nbs/optimize/59_cli.ipynb #d493f4da
@@ -280,12 +287,9 @@ def _searched(
     task: Any, model: str, goal: Any, seconds: float, seed: int, threads: int, jobs: int
 ) -> Any:
     "The search, with a line for each trial."
-    from ecomopt.core.train import finetune
     from ecomopt.optimize.optimize import optimize as search
     _say(f"{task.name}: {len(task.train)} texts to train on, {len(task.labels)} labels")
-    is_name = not Path(model).exists()
-    if is_name: _say(f"fine-tuning {model}")
-    teacher = finetune(model, task, seed=seed) if is_name else _classifier(model, task)
+    teacher = _teacher(model, task, seed)
     _say(f"searching for {seconds:.0f} s; Ctrl-C ends with the best so far")
     return search(task, teacher, goal, seconds, seed, threads, jobs, _show_trial)
 
@@ -318,9 +322,8 @@ def _report(
 def _csv_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Rows of a CSV stream and their texts."
     reader = csv.DictReader(file)
-    if column not in (reader.fieldnames or []):
-        known = ", ".join(reader.fieldnames or ["none"])
-        raise EcomoptError(f"There is no column {column!r}.", f"columns: {known}", "Give --text.")
+    columns = reader.fieldnames or []
+    if column not in columns: raise _unknown("column", column, columns, "the file; see --text")
     for row in reader: yield row, row[column] or ""
 
 

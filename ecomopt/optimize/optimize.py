@@ -25,7 +25,7 @@ from joblib import Parallel, delayed
 
 # %% ../../nbs/optimize/54_optimize.ipynb #6118de61
 from .. import EcomoptError, __version__
-from ..core.artifact import save
+from ..core.artifact import file_bytes, save
 from ..core.checks import _whole_number
 from ..core.data import Task
 from ..core.hardware import describe_hardware
@@ -51,7 +51,6 @@ from ecomopt.optimize.candidates import (
     _split,
     apply_steps,
     build_untrained,
-    file_bytes,
     measure_costs,
     parse_budget,
     rung,
@@ -139,21 +138,22 @@ class _Search:
         self.context, self.goal, self.task = context, goal, context.task
         self.threads, self.n_jobs, self.on_trial = threads, n_jobs, on_trial
         self.began = time.perf_counter()
-        self.budget, self.stopped = budget, None
+        self.budget, self.is_interrupted = budget, False
         self.trials, self.students, self.spent = {}, {}, []
+        self.search, self.left_out = None, []
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
         self.answers = _predict("teacher", context.teacher, self.texts, self.task.labels, 32)
         self.teacher_score = self.task.score(self.actual, self.answers)
+        self.sample = self.texts[:100]
+        timed, _ = time_interleaved({"teacher": context.teacher}, self.sample, 5, 20, 32, 0)
+        self.teacher_ms = float(timed["p50 ms"]["teacher"].median())
+        self.teacher_rate = float(timed["sentences/s"]["teacher"].median())
 
     def left(self) -> float: return self.budget - (time.perf_counter() - self.began)
 
     def prepare(self) -> None:
-        "Time the teacher, find the space, and put the good recipes first."
-        self.sample = self.texts[:100]
-        timed, _ = time_interleaved({"teacher": self.context.teacher}, self.sample, 5, 20, 32, 0)
-        self.teacher_ms = float(timed["p50 ms"]["teacher"].median())
-        self.teacher_rate = float(timed["sentences/s"]["teacher"].median())
+        "Find the space, and put the good recipes first."
         self.space, self.left_out = search_space(self.context)
         priors = [self.space.fit([])] + [_sized(steps, self.space) for steps in _PRIORS]
         first = [(self.space.point(steps), steps) for steps in priors if steps is not None]
@@ -192,7 +192,7 @@ class _Search:
         try:
             self.prepare()
             while self.left() > self.reserve() and self.round(): pass
-        except KeyboardInterrupt: self.stopped = "interrupted"
+        except KeyboardInterrupt: self.is_interrupted = True
 
     def round(self) -> bool:
         "Ask for as many trials as there are jobs, train them, and note what came out."
@@ -295,10 +295,10 @@ class _Search:
 
     def winner(self) -> tuple[Trial, list[dict], bool]:
         "The best candidate, trained on all texts; its gates; whether it is feasible."
-        while best := self.search.best():
+        while best := self.search and self.search.best():
             trial = self.trials[id(best)]
             enough = self.expected(best.what, best.fraction, 1.0) < self.left() + 0.1 * self.budget
-            if best.fraction < 1 and not self.stopped and enough:
+            if best.fraction < 1 and not self.is_interrupted and enough:
                 self.train([(best, 1.0)])
                 continue
             gates = self.gates(trial)
@@ -482,7 +482,7 @@ def _notes(search: _Search, verdict: Verdict, against: Verdict) -> list[str]:
     if task.metric == "accuracy" and largest > 0.7:
         share = f"{100 * largest:.0f} % of the texts have one label"
         notes.append(f"{share}: consider a task with metric='macro_f1'.")
-    if search.stopped: notes.append("The search was interrupted; this is the best so far.")
+    if search.is_interrupted: notes.append("The search was interrupted; this is the best so far.")
     return notes
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ae818ca8

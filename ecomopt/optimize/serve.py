@@ -16,7 +16,6 @@ import re
 import reprlib
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING
 
 # %% ../../nbs/optimize/56_serve.ipynb #6118de61
 from .. import EcomoptError, __version__
-from ..core.artifact import disk_bytes, load, save
+from ..core.artifact import disk_bytes, file_bytes, load
 from ..core.checks import _first_line, _positive_number, _text_fault, _whole_number
 from ..core.steps import _unknown
 from ..core.train import Classifier, _check_classifier
@@ -506,8 +505,7 @@ def _opened(model: str | Path | Classifier, name: str) -> tuple[Classifier, int]
         _check_classifier(opened, name)
         return opened, disk_bytes(model)
     _check_classifier(model, name)
-    with tempfile.TemporaryDirectory() as folder:
-        return model, disk_bytes(save(model, f"{folder}/model"))
+    return model, file_bytes(model)
 
 
 def _check_packages() -> None:
