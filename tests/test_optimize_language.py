@@ -80,12 +80,24 @@ def test_faithfulness_counts_whole_words():
 
 
 @pytest.mark.parametrize("answers, failed", [
-    ([GOOD], set()), ([LOOP], {"repetition", "faithfulness"}), (["It is a nice thing."], {"faithfulness"}),
-    (["Trailhead Nordkap 750 24 " * 9], {"repetition"}), ([" "], {"no empty answers", "faithfulness"}),
+    ([GOOD], set()), ([LOOP], {"repetition", "loops", "faithfulness"}), (["It is a nice thing."], {"faithfulness"}),
+    (["Trailhead Nordkap 750 24 " * 9], {"repetition", "loops"}), ([" "], {"no empty answers", "faithfulness"}),
 ])
 def test_gates_stop_loops_lost_facts_and_silence(answers, failed):
     gates = _answer_gates([REQUEST], answers, [GOOD])
     assert {gate["name"] for gate in gates if not gate["passed"]} == failed
+
+
+def test_one_loop_among_few_answers_fails_though_the_average_is_low():
+    """As a real int8 model did: the pooled repetition rose by 0.08 only."""
+    loop = "BODY: 750 ml, 24-hour bottle, 750 ml, 24-hour bottle, 750 ml, 24-"
+    def failed(answers, original):
+        prompts = ["a mug"] * len(answers)
+        return {gate["name"] for gate in _answer_gates(prompts, answers, original) if not gate["passed"]}
+    assert failed([loop] + [GOOD] * 5, [GOOD] * 6) == {"loops"}
+    assert failed([loop] + [GOOD] * 19, [GOOD] * 20) == set()  # one in twenty may be chance
+    assert failed([loop] * 2 + [GOOD] * 18, [GOOD] * 20) == {"loops"}
+    assert failed([loop] + [GOOD] * 5, [GOOD] * 5 + [loop]) == set()
 
 
 def test_gates_are_relative_to_the_original():
@@ -196,6 +208,7 @@ def only(monkeypatch):
     return candidate
 
 
+@pytest.mark.slow
 def test_a_fast_model_that_repeats_for_ever_never_wins(lm, only):
     only(looping)
     found = optimize_language_model(PROMPTS, lm, threads=1, max_new_tokens=40)
@@ -227,7 +240,8 @@ def test_a_short_budget_leaves_the_original(lm, only):
     only(looping)
     found = optimize_language_model(PROMPTS, lm, budget=1e-3, threads=1, max_new_tokens=4)
     assert found.recipe == [] and found.feasible and len(found.table) == 1
-    assert sum("budget ended" in note for note in found.data["notes"]) == 2
+    assert sum("budget ended" in note for note in found.data["notes"]) == 2 and "No other" in str(found)
+    assert found.data["winner"] == found.data["teacher"]
 
 
 def test_a_goal_out_of_reach_gives_the_closest(lm, only):

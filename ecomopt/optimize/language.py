@@ -98,12 +98,25 @@ def faithfulness(
 
 # %% ../../nbs/optimize/53_language.ipynb #d3278708
 _MOST_WORSE = 0.1  # of repetition and faithfulness, against the original
+_LOOP = 0.3        # repetition of a single answer that loops
 
 
 def _gate(name: str, passed: bool, detail: str) -> dict:
     return dict(name=name, passed=bool(passed), detail=detail)
 
 
+def _loops(answers: list[str]) -> int:
+    "How many of the answers repeat a phrase again and again."
+    return sum(repetition([answer]) > _LOOP for answer in answers)
+
+
+def _loop_gate(answers: list[str], original: list[str]) -> dict:
+    "Gate: hardly any answer loops where the original's do not; one loop is lost in an average."
+    now, was = _loops(answers), _loops(original)
+    words = f"{now} of {len(answers)} answers, the original {was}"
+    return _gate("loops", now <= was + len(answers) // 20, words)
+
+# %% ../../nbs/optimize/53_language.ipynb #044dbec8
 def _answer_gates(prompts: list[str], answers: list[str], original: list[str]) -> list[dict]:
     "Gates: the answers are there, repeat little, and mention what the prompts are about."
     lost = sum(bool(o.strip()) and not a.strip() for a, o in zip(answers, original))
@@ -111,6 +124,7 @@ def _answer_gates(prompts: list[str], answers: list[str], original: list[str]) -
     gates = [
         _gate("no empty answers", not lost, f"{lost} of {len(answers)} are lost"),
         _gate("repetition", now <= was + _MOST_WORSE, f"{now:.2f}, the original {was:.2f}"),
+        _loop_gate(answers, original),
     ]
     now = faithfulness(prompts, answers)
     was = faithfulness(prompts, original)
@@ -454,6 +468,7 @@ class _Findings:
         "Original and winner, timed once more, with percentiles of the latency."
         calls = max(10, len(self.search.prompts))
         taken = self.search.seconds(self.lm, self.winner.steps, calls)
+        if not self.winner.steps: taken["model"] = taken["original"]  # the same model
         rows = {}
         for name, trial in (("original", self.trials[0]), ("model", self.winner)):
             ms = np.percentile(1000 * taken[name], [50, 95, 99])
@@ -473,6 +488,8 @@ class _Findings:
         if not self.feasible:
             found = f"{change} and {self.winner.costs['latency_ms']:.0f} ms an answer"
             return f"None {of} satisfies the goal. The closest is {name}, with {found}."
+        if len(self.trials) == 1:
+            return "No other candidate was finished: this is the original itself."
         if not self.winner.steps:
             return f"None {of} keeps the goal with lower {what}: this is the original itself."
         limit = f"at most {100 * self.goal.max_perplexity:g} % more perplexity"
