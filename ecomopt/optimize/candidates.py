@@ -238,15 +238,20 @@ def _small(context: StepContext) -> StepContext:
     )
 
 
+def _untrained(steps: list[dict]) -> tuple[list[dict], list[dict]]:
+    "The steps without the trainings: those before the last one, and those after it."
+    before, after = _split(steps)
+    return [step for step in before if not _is_training(step)], after
+
+
 def build_untrained(
     steps: list[dict],     # of a recipe
     context: StepContext,  # the task and the teacher
 ) -> Classifier:           # as large and as fast as the trained model
     "Apply a recipe without its trainings."
-    before, after = _split(steps)
-    untrained = [step for step in before if not _is_training(step)]
-    model = apply_steps(context.teacher, untrained, context)
-    return apply_steps(model, after, _small(context) if before else context)
+    before, after = _untrained(steps)
+    model = apply_steps(context.teacher, before, context)
+    return apply_steps(model, after, _small(context) if _split(steps)[0] else context)
 
 # %% ../../nbs/optimize/51_candidates.ipynb #94cabb1c
 def measure_costs(

@@ -49,6 +49,7 @@ from ecomopt.optimize.candidates import (
     _reloads,
     _same_labels,
     _split,
+    _untrained,
     apply_steps,
     build_untrained,
     measure_costs,
@@ -109,6 +110,7 @@ class Trial:
     costs: dict = field(default_factory=dict)  # latency_ms, throughput, disk_bytes
     seconds: float = 0.0            # building, measuring and training
     model: Classifier | None = field(default=None, repr=False)  # as far as it was trained
+    is_complete: bool = False       # whether the steps after its training were applied to it
     answers: np.ndarray | None = field(default=None, repr=False)  # its class numbers, valid split
     measured: list[dict] = field(default_factory=list, repr=False)  # costs, each time
 
@@ -139,7 +141,7 @@ class _Search:
         self.threads, self.n_jobs, self.on_trial = threads, n_jobs, on_trial
         self.began = time.perf_counter()
         self.budget, self.is_interrupted = budget, False
-        self.trials, self.students, self.spent = {}, {}, []
+        self.trials, self.students, self.known, self.spent = {}, {}, {}, []
         self.search, self.left_out = None, []
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
@@ -168,7 +170,7 @@ class _Search:
 
     def expected(self, steps: list[dict], before: float, after: float) -> float:
         "Expected seconds of training a recipe further: linear in the number of texts."
-        overhead = 30.0 if not before else 15.0  # building and converting
+        overhead = 3.0 if 0 < before < after < 1 else 25.0  # building and converting
         if not _split(steps)[0]: return overhead
         rate = 1 / 150  # seconds a text, before any training has told
         if self.spent: rate = sum(s for _, s in self.spent) / sum(n for n, _ in self.spent)
@@ -212,34 +214,46 @@ class _Search:
         trial = Trial(len(self.trials), candidate.what)
         self.trials[id(candidate)] = trial
         try:
-            model = build_untrained(candidate.what, self.context)
-            trial.costs = self.costs(model)
+            key = str(_untrained(candidate.what))  # how it is trained makes no difference
+            model = None if needs_training and key in self.known else self.build(candidate, key)
+            trial.costs = self.known[key]
             trial.measured.append(trial.costs)
             if not self.search.tell_costs(candidate, trial.costs): trial.status = "cost"
-            elif not needs_training: self.judge(candidate, trial, 1.0, model)
+            elif not needs_training:
+                trial.is_complete = True
+                self.judge(candidate, trial, 1.0, model)
         except EcomoptError as error: trial.status, candidate.out = "failed", error.what
         trial.why, trial.seconds = candidate.out, time.perf_counter() - start
         is_done = trial.why is not None or not needs_training
         if is_done and self.on_trial: self.on_trial(trial)
         return not is_done
 
-    def train(self, batch: list[tuple[Candidate, float]]) -> bool:
-        "Train candidates up to a fraction of the texts, from where their last rung ended."
+    def build(self, candidate: Candidate, key: str) -> Classifier:
+        "Build a candidate untrained, and note what models of such steps cost."
+        model = build_untrained(candidate.what, self.context)
+        self.known[key] = self.costs(model, 3, 10)
+        return model
+
+    def train(self, batch: list[tuple[Candidate, float]], complete: bool = False) -> bool:
+        "Train candidates further, up to a fraction of the texts; complete those on all of them."
         jobs = []
         for candidate, fraction in batch:
             before, after = _split(candidate.what)
             done, student = self.students.get(id(candidate), (0, self.context.teacher))
             parts = rung(before, fraction, _RUNGS)
-            jobs.append((student, parts[done:], after, self.context))
+            last = after if complete or fraction == 1 else []
+            jobs.append((student, parts[done:], last, self.context))
             self.students[id(candidate)] = len(parts), student
         start = time.perf_counter()
         made = Parallel(n_jobs=self.n_jobs)(delayed(_attempted)(*job) for job in jobs)
         seconds = (time.perf_counter() - start) / max(1, len(batch))
         for (candidate, fraction), result in zip(batch, made):
-            self.note(candidate, fraction, result, seconds)
+            self.note(candidate, fraction, result, seconds, complete)
         return bool(batch)
 
-    def note(self, candidate: Candidate, fraction: float, result: tuple, seconds: float) -> None:
+    def note(
+        self, candidate: Candidate, fraction: float, result: tuple, seconds: float, complete: bool
+    ) -> None:
         "Note what a training brought."
         trial, before = self.trials[id(candidate)], candidate.fraction
         trial.seconds += seconds
@@ -249,6 +263,7 @@ class _Search:
             n_texts = self.n_texts(candidate.what, before, fraction)
             self.spent.append((max(1.0, n_texts), result[2]))
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
+            trial.is_complete = complete or fraction == 1 or not _split(candidate.what)[1]
             self.judge(candidate, trial, fraction, result[1])
         if self.on_trial: self.on_trial(trial)
 
@@ -262,6 +277,7 @@ class _Search:
         trial.drop_std = math.sqrt(trial.disagreement / len(found))
         trial.estimate = self.estimate(trial)
         self.search.tell_drop(candidate, fraction, trial.estimate)
+        if not trial.is_complete: return
         if self.is_over(candidate, trial) or trial.estimate > self.goal.max_drop: return
         self.keep(candidate, trial, self.quick_gates(trial))
 
@@ -301,6 +317,9 @@ class _Search:
             if best.fraction < 1 and not self.is_interrupted and enough:
                 self.train([(best, 1.0)])
                 continue
+            if not trial.is_complete:
+                self.train([(best, best.fraction)], complete=True)
+                continue
             gates = self.gates(trial)
             if self.keep(best, trial, gates): return trial, gates, True
         trial = self.closest()
@@ -324,8 +343,12 @@ class _Search:
 
     def closest(self) -> Trial:
         "The trial that breaks the goal least; the teacher itself if none was trained."
-        known = [trial for trial in self.trials.values() if trial.model is not None]
-        if known: return min(known, key=self.distance)
+        tried = self.search.candidates if self.search else []
+        known = [c for c in tried if id(c) in self.trials and self.trials[id(c)].model is not None]
+        for one in sorted(known, key=lambda c: self.distance(self.trials[id(c)])):
+            trial = self.trials[id(one)]
+            if not trial.is_complete: self.train([(one, one.fraction)], complete=True)
+            if trial.is_complete: return trial
         size = file_bytes(self.context.teacher)
         costs = dict(latency_ms=self.teacher_ms, throughput=self.teacher_rate, disk_bytes=size)
         trial = Trial(len(self.trials), [], fraction=1.0, drop=0.0, quality=self.teacher_score,
