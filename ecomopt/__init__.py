@@ -49,6 +49,7 @@ _HOMES = {
     "tune.estimator": "TransformerClassifier",
     "optimize.recipe": "Recipe", "optimize.candidates": "Goal",
     "optimize.report": "html_report model_card report",
+    "optimize.language": "LanguageResult optimize_language_model",
     "optimize.optimize": "OptimizeResult optimize",
     "optimize.serve": "Limits create_app serve",
 }
@@ -91,6 +92,8 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.core.verdict import noninferiority as noninferiority
     from ecomopt.core.verdict import verdicts as verdicts
     from ecomopt.optimize.candidates import Goal as Goal
+    from ecomopt.optimize.language import LanguageResult as LanguageResult
+    from ecomopt.optimize.language import optimize_language_model as optimize_language_model
     from ecomopt.optimize.optimize import OptimizeResult as OptimizeResult
     from ecomopt.optimize.optimize import optimize as optimize
     from ecomopt.optimize.recipe import Recipe as Recipe

@@ -1121,6 +1121,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'ecomopt/optimize/candidates.py'),
                                              'ecomopt.optimize.candidates._attempt': ( 'optimize/candidates.html#_attempt',
                                                                                        'ecomopt/optimize/candidates.py'),
+                                             'ecomopt.optimize.candidates._check_goal': ( 'optimize/candidates.html#_check_goal',
+                                                                                          'ecomopt/optimize/candidates.py'),
                                              'ecomopt.optimize.candidates._first_options': ( 'optimize/candidates.html#_first_options',
                                                                                              'ecomopt/optimize/candidates.py'),
                                              'ecomopt.optimize.candidates._inside': ( 'optimize/candidates.html#_inside',

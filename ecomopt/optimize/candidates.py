@@ -68,6 +68,13 @@ class Goal:
         "The name of the cost that is minimized."
         return _COSTS[self.minimize]
 
+# %% ../../nbs/optimize/51_candidates.ipynb #95a2fc95
+def _check_goal(goal: object) -> None:
+    "Raise if something else was passed where a goal belongs."
+    if isinstance(goal, Goal): return
+    do = "Pass a Goal, such as Goal(max_drop=0.01)."
+    raise EcomoptError(f"This is no goal: {goal!r:.99}", "argument goal", do)
+
 # %% ../../nbs/optimize/51_candidates.ipynb #23950ace
 _UNITS = {"": 1, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
@@ -333,9 +340,8 @@ def _same_labels(model: Classifier, texts: list[str]) -> dict:
     long_text = " ".join([*texts, "word"] * 3)
     alone = [model.predict([text])[0] for text in texts]
     batch = [model.labels[i] for i in model.logits(texts, batch_size=64).argmax(1).tolist()]
-    beside = [
-        model.labels[int(model.logits([t, long_text], batch_size=2)[0].argmax())] for t in texts
-    ]
+    padded = model.logits([*texts, long_text], batch_size=65)[:-1]
+    beside = [model.labels[i] for i in padded.argmax(1).tolist()]
     wrong = sum(not a == b == c for a, b, c in zip(alone, batch, beside))
     detail = f"{len(texts) - wrong} of {len(texts)} texts"
     return dict(

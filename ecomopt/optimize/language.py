@@ -33,8 +33,8 @@ from .. import EcomoptError, __version__
 from ..accelerate.precision import supports_precision
 from ..accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding
 from ..compress.quantize_llm import quantize_language_model
-from ..core.artifact import save
-from ..core.checks import _first_line, _text_rows, _whole_number
+from ..core.artifact import file_bytes, save
+from ..core.checks import _first_line, _text_rows, _unknown, _whole_number
 from ecomopt.core.generate import (
     LanguageModel,
     _check_prompts,
@@ -46,8 +46,8 @@ from ecomopt.core.generate import (
 )
 from ..core.hardware import _cpu
 from ..core.measure import _threads, interleave
-from ..core.steps import _unknown
-from .candidates import Goal, file_bytes, parse_budget
+from .candidates import Goal, _check_goal, parse_budget
+from .report import model_card
 from ..tune.constrained import pareto_front
 
 # %% ../../nbs/optimize/53_language.ipynb #51161c46
@@ -413,7 +413,8 @@ class LanguageResult:
         path: str | Path,  # a new directory, or an artifact to be replaced
     ) -> Path:
         "Save the model with its recipe and everything that was measured."
-        return save(self.model, path, self.recipe, [self.data])
+        card = {"README.md": model_card(self.data, Path(path).name)}
+        return save(self.model, path, self.recipe, [self.data], card)
 
 # %% ../../nbs/optimize/53_language.ipynb #ea5194e7
 _SAME = "Nothing is trained or random: apply_language_steps gives the same weights again"
@@ -536,8 +537,7 @@ class _Findings:
 # %% ../../nbs/optimize/53_language.ipynb #9987732f
 def _checked_goal(goal: Goal) -> Goal:
     "A goal with a limit of perplexity, 2 % where none is set; raises if it is for a classifier."
-    if not isinstance(goal, Goal):
-        raise EcomoptError(f"This is no goal: {goal!r:.99}", "argument goal", "Pass a Goal.")
+    _check_goal(goal)
     if goal.max_perplexity is not None: return goal
     plain = Goal()
     if (goal.max_drop, goal.max_class_drop) == (plain.max_drop, plain.max_class_drop):

@@ -28,6 +28,7 @@ from .. import EcomoptError, __version__
 from ..core.artifact import file_bytes, save
 from ..core.checks import _whole_number
 from ..core.data import Task
+from ..core.generate import LanguageModel
 from ..core.hardware import describe_hardware
 from ecomopt.core.measure import (
     _predict,
@@ -37,6 +38,7 @@ from ecomopt.core.measure import (
     quality,
     time_interleaved,
 )
+from ..core.pretrained import _token_ids
 from ..core.train import Classifier, finetune
 from ..core.verdict import Verdict, noninferiority_test
 
@@ -44,6 +46,7 @@ from ..core.verdict import Verdict, noninferiority_test
 from ecomopt.optimize.candidates import (
     Goal,
     RecipeSpace,
+    _check_goal,
     _label_order,
     _no_lost_class,
     _reloads,
@@ -57,6 +60,7 @@ from ecomopt.optimize.candidates import (
     rung,
     search_space,
 )
+from .language import LanguageResult, optimize_language_model
 from .recipe import Recipe, StepContext
 from .report import model_card
 from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
@@ -541,8 +545,10 @@ def _sizes(task: Task, teacher: Classifier) -> dict:
     "The task in numbers, and how many texts are truncated."
     splits = {name: getattr(task, name) for name in ("train", "valid", "test", "transfer")}
     limit = teacher.max_length
-    long = {name: sum(len(ids) >= limit for ids in teacher.encode(list(rows["text"])[:5000]))
-            for name, rows in splits.items() if name != "transfer"}
+    long = {}
+    for name in ("train", "valid", "test"):
+        ids = _token_ids(teacher.tokenizer, splits[name]["text"][:], limit + 1)
+        long[name] = sum(len(row) > limit for row in ids)
     counts = np.bincount(task.train["label"], minlength=len(task.labels)).tolist()
     return {
         "name": task.name, "labels": list(task.labels),
@@ -627,7 +633,8 @@ def _finished(search: _Search) -> OptimizeResult:
 def _check_task(task: Task) -> None:
     "Raise for a task that cannot be searched."
     if not isinstance(task, Task):
-        raise EcomoptError(f"This is no task: {task!r:.99}", "argument task", "Pass a Task.")
+        do = "Pass a Task, or a list of prompts for a language model."
+        raise EcomoptError(f"This is no task: {task!r:.99}", "argument task", do)
     for split in ("train", "valid", "test"):
         if len(getattr(task, split)): continue
         what = f"The {split} split is empty."
@@ -636,23 +643,26 @@ def _check_task(task: Task) -> None:
 
 # %% ../../nbs/optimize/54_optimize.ipynb #8752dc97
 def optimize(
-    task: Task,  # labelled texts in splits; valid chooses, test reports
-    model: str | Path | Classifier = "minilm",  # the teacher; a name is fine-tuned first
+    task: Task | Sequence[str],  # valid chooses, test reports; or prompts, of a language model
+    model: str | Path | Classifier | LanguageModel | None = None,  # minilm; a name is fine-tuned
     goal: Goal = Goal(),  # what must hold, and what to minimize
     budget: float | str = "20min",  # for the search, without fine-tuning the teacher
     seed: int = 0,  # of everything that is random
     threads: int = 2,  # of torch
-    n_jobs: int = 1,  # trials at a time, by joblib
+    n_jobs: int = 1,  # classifiers to train at a time, by joblib
     on_trial: Callable[[Trial], None] | None = None,  # called with each finished trial
-) -> OptimizeResult:
+) -> OptimizeResult | LanguageResult:
     "Search for the recipe that makes the cheapest model that keeps the goal."
+    _check_goal(goal)
+    if isinstance(task, (list, tuple)):
+        given = task, model or "smollm2", goal, budget, None, seed, threads
+        return optimize_language_model(*given, on_trial=on_trial)
     _check_task(task)
-    if not isinstance(goal, Goal):
-        raise EcomoptError(f"This is no goal: {goal!r:.99}", "argument goal", "Pass a Goal.")
     seconds = parse_budget(budget)
     n_jobs = _whole_number(n_jobs, "n_jobs")
     with _threads(_whole_number(threads, "threads")):
-        teacher = model if isinstance(model, Classifier) else finetune(model, task, seed=seed)
+        teacher = model or "minilm"
+        if not isinstance(teacher, Classifier): teacher = finetune(teacher, task, seed=seed)
         context = StepContext(task, teacher, _whole_number(seed, "seed", 0, 2**32 - 1))
         search = _Search(context, goal, seconds, threads, n_jobs, on_trial)
         search.run()

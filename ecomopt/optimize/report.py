@@ -387,8 +387,8 @@ def _models(data: dict) -> list[dict]:
 # %% ../../nbs/optimize/52_report.ipynb #72833cba
 _SHOWN = """◆ winner, ■ teacher, ● on the Pareto front of quality, latency and bytes together,
 ○ other trials; a tick on the lower edge was dropped before its quality was measured. Best is the
-upper left corner, and the goal is the shaded area. Measured on the validation split. Point at a
-mark, or press Tab, to see its name."""
+upper left corner, and the goal is the shaded area. Point at a mark, or press Tab, to see its name.
+Measured on"""
 
 
 def _trial_row(trial: dict, sign: int) -> list[str]:
@@ -416,7 +416,9 @@ def _search_section(data: dict) -> list:
     axes = [Axis("latency_ms", "latency of one text, ms (log scale)", 1, goal["max_latency_ms"]),
             Axis("disk_bytes", "files on disk, MB (log scale)", 1e6, goal["max_bytes"])]
     shown = [axis for axis in axes if any(model[axis.key] for model in models)]
-    figure = Figure([pareto_panel(models, axis, y) for axis in shown], " ".join(_SHOWN.split()))
+    where = "the validation split." if y.sign < 0 else "the texts of the search."
+    words = " ".join([*_SHOWN.split(), where])
+    figure = Figure([pareto_panel(models, axis, y) for axis in shown], words)
     change, rate = ("points", "sentences/s") if y.sign < 0 else ("%", "tokens/s")
     columns = ["trial", "steps", "options", "result", "texts", f"change, {change}", "latency", rate,
                "files", "time"]
@@ -463,9 +465,10 @@ def _checks_section(data: dict) -> list:
 
 def _use_section(data: dict, name: str) -> list:
     "How to load, serve and reproduce the model."
-    call = 'predict(["arrived broken, but support was great"])'
-    if data["kind"] == "language model": call = 'generate(["Write a product description:"])'
-    python = f"from ecomopt import load\n\nmodel = load({name!r})\nprint(model.{call})"
+    python = f"from ecomopt import load\n\nmodel = load({name!r})\n"
+    if data["kind"] == "language model":
+        return [Code(f'{python}print(model.generate(["Write a product description:"]))', "python")]
+    python += 'print(model.predict(["arrived broken, but support was great"]))'
     shell = f"ecomopt serve {shlex.quote(name)}"
     if data["recipe"]: shell += "\necomopt recipe run recipe.yaml  # the recipe above, in a file"
     return [Code(python, "python"), Code(shell, "bash")]
@@ -581,7 +584,7 @@ def _metadata(data: dict, name: str) -> dict:
                for key, (metric, title) in scores.items() if winner.get(key) is not None]
     result = {
         "task": {"type": kind, "name": kind.replace("-", " ").capitalize()},
-        "dataset": {"type": re.sub(r"\W+", "-", about) or "data", "name": about, "split": "test"},
+        "dataset": {"type": re.sub(r"\W+", "-", about) or "data", "name": about},
         "metrics": metrics,
     }
     steps = [re.sub(r"\W+", "-", step["name"]) for step in data["steps"][1:]]
