@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecomopt import EcomoptError, load
+from ecomopt import EcomoptError, LanguageResult, load, optimize
 from ecomopt.core.artifact import _manifest
 from ecomopt.core.generate import losses, perplexity
 from ecomopt.optimize import language
@@ -159,17 +159,26 @@ def test_decoding_is_tried_on_the_fastest_in_torch_and_changes_no_token(result):
 
 
 @pytest.mark.slow
+def test_optimize_takes_prompts_and_a_language_model(lm):
+    found = optimize(PROMPTS[:2], lm, Goal(max_perplexity=0.5), 1)
+    assert isinstance(found, LanguageResult) and found.data["trials"][0]["steps"] == []
+    with pytest.raises(EcomoptError, match="no language model"): optimize(PROMPTS[:2], tiny.classifier())
+
+
+@pytest.mark.slow
 def test_the_winner_is_saved_with_all_that_was_measured(result, tmp_path):
     path = result[0].save(tmp_path / "small")
     manifest = _manifest(path)
     assert manifest["recipe"] == result[0].recipe and manifest["measurements"] == [result[0].data]
     assert load(path).generate(PROMPTS, 12) == result[0].generate(PROMPTS, 12)
+    assert "text-generation" in (path / "README.md").read_text("utf8")
     with pytest.raises(EcomoptError): result[0].generate("one text")
 
 
 @pytest.mark.slow
 def test_the_data_make_a_report(result):
     page = html_report(result[0].data)
+    assert "ecomopt serve" not in page  # it serves classifiers
     assert "perplexity" in page and result[0].data["trials"][1]["name"] in page
     assert "text-generation" in model_card(result[0].data)
 
