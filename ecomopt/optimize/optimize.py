@@ -76,11 +76,13 @@ _TRAIN = [
     {"distill": {"augment": 20_000, "learning_rate": 2e-4}},
 ]
 _CONVERT = {"convert": {"runtime": "openvino", "precision": "int8"}}
+_ONNX = {"convert": {"runtime": "onnxruntime", "precision": "int8"}}
 _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions of the teacher's
     [_CONVERT],
+    [_ONNX],
     [{"quantize": {}}, {"calibrate": {}}],
     [{"prune_structured": _SMALL}, *_TRAIN, _CONVERT],
-    [{"prune_structured": _WIDE}, *_TRAIN, _CONVERT],
+    [{"prune_structured": _WIDE}, *_TRAIN, _ONNX],
     [{"prune_structured": _SMALL}, *_TRAIN, {"quantize": {"embedding_bits": 4}}, {"calibrate": {}}],
     [{"keep_layers": {"layers": 0.5}}, _TRAIN[1], _CONVERT],
 ]
@@ -301,6 +303,7 @@ class _Search:
         trial.costs = {
             name: float(np.median([one[name] for one in trial.measured])) for name in costs
         }
+        self.known[str(_untrained(candidate.what))] = trial.costs
         if self.search.tell_costs(candidate, trial.costs): return False
         trial.status, trial.why = "cost", candidate.out
         return True

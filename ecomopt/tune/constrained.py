@@ -111,7 +111,7 @@ class ConstrainedSearch:
         "A candidate to train on: the best third of a rung goes on to the next (Li et al. 2020)."
         best = self.best()
         for rung in reversed(self.rungs[:-1]):
-            there = [c for c in self.candidates if c.fraction >= rung and not c.out]
+            there = [c for c in self.candidates if rung in c.drops and not c.out]
             free = len(there) // 3 - sum(c.fraction > rung for c in there)
             if free < 1: continue
             order = np.argsort(-self.score(there), kind="stable")[:len(there) // 3]
