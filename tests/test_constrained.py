@@ -84,3 +84,14 @@ def test_nothing_to_ask_is_none():
     search = ConstrainedSearch("ms", {}, 0.02, lambda rng, good: [], seconds)
     assert search.ask() is None and search.best() is None
     assert ConstrainedSearch("ms", {}, 0.02, propose, seconds).ask(1.0) is None
+
+
+def test_candidates_without_rungs_take_no_place_of_those_to_be_promoted():
+    points = [(x, tuple(x)) for x in np.random.default_rng(0).random((6, 2))]
+    search = ConstrainedSearch("ms", {}, 0.02, propose, seconds, first=points)
+    for i in range(6):
+        candidate, _ = search.ask()
+        search.tell_costs(candidate, {"ms": 9.0 - i})
+        search.tell_drop(candidate, 1.0 if i < 3 else 0.1, 0.05)
+    candidate, fraction = search.ask()
+    assert candidate.drops and fraction == pytest.approx(1 / 3)

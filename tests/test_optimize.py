@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -284,6 +285,31 @@ def test_predict_names_the_line_at_fault(shop):
     (shop / "rows.xml").write_text("<a/>")
     assert run(shop, "predict", "teacher", "rows.xml").returncode == 2
     assert run(shop, "predict", "teacher", "none.csv").returncode == 2
+
+
+@pytest.mark.parametrize("write, name", [
+    (lambda table, path: table.to_csv(path, index=False), "a.csv"),
+    (lambda table, path: table.to_csv(path, index=False, sep=";", encoding="utf-8-sig"), "semicolons.csv"),
+    (lambda table, path: table.to_csv(path, index=False, sep="\t"), "a.tsv"),
+    (lambda table, path: table.to_parquet(path), "a.parquet"),
+    (lambda table, path: table.to_json(path, orient="records", lines=True), "a.jsonl"),
+])
+def test_predict_reads_what_optimize_reads_and_keeps_a_label_that_is_there(shop, write, name):
+    table = pd.DataFrame({"review": ["good, really", 'a "bad" one\nwith two lines', ""], "label": ["a", "b", "c"]})
+    write(table, shop / name)
+    ran = run(shop, "predict", "teacher", name, "--text", "review", "--json")
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [(row["review"], row["label"]) for row in rows] == list(table.itertuples(index=False, name=None)), ran.stderr
+    assert {row["predicted_label"] for row in rows} <= {"negative", "positive"}
+
+
+@pytest.mark.parametrize("content, words", [
+    ("text,n\nbought 3, works 3,1\n", "line 2"), ("text,n\ngood\n", "line 2"), ("texts,n\ngood,1\n", "texts"),
+])
+def test_predict_refuses_columns_that_shift(shop, content, words):
+    (shop / "shifted.csv").write_text(content)
+    ran = run(shop, "predict", "teacher", "shifted.csv")
+    assert ran.returncode == 2 and words in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_lines_of_text_come_back_in_order(shop):

@@ -7,12 +7,14 @@ __all__ = ['app', 'Commands', 'main', 'assets']
 
 # %% ../../nbs/optimize/59_cli.ipynb #bf4222e2
 import csv
+import io
 import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,7 @@ from typer.core import TyperGroup
 
 from .. import EcomoptError
 from ..core.assets import ASSETS, assets_table, cache_dir, fetch
-from ..core.checks import _unknown
+from ..core.checks import _first_line, _unknown
 
 # %% ../../nbs/optimize/59_cli.ipynb #567499f3
 class Commands(TyperGroup):
@@ -319,14 +321,38 @@ def _report(
     print(report(path, out))
 
 # %% ../../nbs/optimize/59_cli.ipynb #8a370f30
-def _csv_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
-    "Rows of a CSV stream and their texts."
-    reader = csv.DictReader(file)
-    columns = reader.fieldnames or []
+def _check_column(column: str, columns: list[str]) -> None:
+    "Raise if a table has no column of texts."
     if column not in columns: raise _unknown("column", column, columns, "the file; see --text")
-    for row in reader: yield row, row[column] or ""
 
 
+def _csv_rows(file: Any, column: str, usual: str = ",") -> Iterator[tuple[dict, str]]:
+    "Rows of a CSV stream and their texts; the header shows the delimiter."
+    from ecomopt.core.data import _delimiter
+    header = file.readline()
+    delimiter = _delimiter(io.StringIO(header), usual, [column], "the header")
+    reader = csv.DictReader(chain([header], file), delimiter=delimiter)
+    _check_column(column, reader.fieldnames or [])
+    for row in reader:
+        if None in row or None in row.values():
+            what = "The record has more or fewer fields than the header."
+            raise EcomoptError(what, f"line {reader.line_num}", "Put quotes around such a text.")
+        yield row, row[column]
+
+# %% ../../nbs/optimize/59_cli.ipynb #3cd3ebc1
+def _parquet_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
+    "Rows of a Parquet file and their texts."
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+    try: table = ParquetFile(file)
+    except ArrowInvalid as error:
+        what = f"The file cannot be read: {_first_line(error)}"
+        raise EcomoptError(what, "the Parquet file", "Write it again.") from error
+    _check_column(column, table.schema_arrow.names)
+    for batch in table.iter_batches(1024):
+        for row in batch.to_pylist(): yield row, "" if row[column] is None else str(row[column])
+
+# %% ../../nbs/optimize/59_cli.ipynb #27b5ced2
 def _json_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Objects of a stream of JSON lines and their texts."
     for number, line in enumerate(file, 1):
@@ -343,7 +369,10 @@ def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     for line in file: yield {"text": line.rstrip("\r\n")}, line.rstrip("\r\n")
 
 # %% ../../nbs/optimize/59_cli.ipynb #ebf680ec
-_READERS = {"csv": _csv_rows, "jsonl": _json_rows, "lines": _line_rows}
+_READERS = {
+    "csv": _csv_rows, "tsv": partial(_csv_rows, usual="\t"), "parquet": _parquet_rows,
+    "jsonl": _json_rows, "lines": _line_rows,
+}
 
 
 def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
@@ -355,12 +384,11 @@ def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
 def _source(file: str, kind: str) -> Any:
     "The stream to read."
     if kind not in _READERS:
-        do = "Give a .csv or .jsonl file, or pipe lines into -."
+        do = "Give a .csv, .tsv, .parquet or .jsonl file, or pipe lines into -."
         raise EcomoptError(f"The file type {kind!r} cannot be streamed.", file, do)
-    try:
-        return (
-            sys.stdin if file == "-" else Path(file).expanduser().open(encoding="utf8", newline="")
-        )
+    if file == "-": return sys.stdin
+    text = {} if kind == "parquet" else {"encoding": "utf-8-sig", "newline": ""}
+    try: return Path(file).expanduser().open("r" if text else "rb", **text)
     except OSError as error:
         do = "Check the path."
         raise EcomoptError(f"The file cannot be read: {error.strerror}.", file, do) from error
@@ -369,27 +397,29 @@ def _source(file: str, kind: str) -> Any:
 def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
     "Rows to stdout, as JSON lines or CSV."
     rows = list(rows)
-    if as_json: print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), flush=True)
+    if as_json:
+        for row in rows: print(json.dumps(row, ensure_ascii=False, default=str))
     else:
         writer = csv.DictWriter(sys.stdout, [*rows[0]], lineterminator="\n")
         if header: writer.writeheader()
         writer.writerows(rows)
-        sys.stdout.flush()
+    sys.stdout.flush()
 
 # %% ../../nbs/optimize/59_cli.ipynb #f55a91b2
 def _labelled(model: Any, batch: list) -> Iterator[dict]:
-    "The rows of a batch with label and score."
+    "The rows of a batch with label and score; a label that they have already stays."
     scores = model.logits([text for _, text in batch]).softmax(1)
     for (row, _), score in zip(batch, scores):
         best = int(score.argmax())
-        yield row | {"label": model.labels[best], "score": round(float(score[best]), 4)}
+        name = "predicted_label" if "label" in row else "label"
+        yield row | {name: model.labels[best], "score": round(float(score[best]), 4)}
 
 # %% ../../nbs/optimize/59_cli.ipynb #6d220a88
 @app.command("predict")
 def _predict(
     model: _Model,
     file: Annotated[
-        str, typer.Argument(help="A .csv or .jsonl file, or - for lines of text.")
+        str, typer.Argument(help="A .csv, .tsv, .parquet or .jsonl file, or - for lines of text.")
     ] = "-",
     text: _Text = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines.")] = False,
