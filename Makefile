@@ -42,7 +42,7 @@ site: $(READY)  ## Build the site in _site/ from the stored outputs; executes no
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@test -d .peers/llama_cpp || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 \
-	  llama-cpp-python==0.3.36 diskcache==5.6.3  # apart: only compared with; llama.cpp is built, which takes minutes
+	  llama-cpp-python==0.3.36 diskcache==5.6.3 model2vec==0.10.0 skeletoken==0.6.1  # apart: only compared with; llama.cpp is built, which takes minutes
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these; outputs stay

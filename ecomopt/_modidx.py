@@ -1700,6 +1700,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'ecomopt/tune/constrained.py'),
                                           'ecomopt.tune.constrained.ConstrainedSearch._promoted': ( 'tune/constrained.html#constrainedsearch._promoted',
                                                                                                     'ecomopt/tune/constrained.py'),
+                                          'ecomopt.tune.constrained.ConstrainedSearch._target': ( 'tune/constrained.html#constrainedsearch._target',
+                                                                                                  'ecomopt/tune/constrained.py'),
                                           'ecomopt.tune.constrained.ConstrainedSearch.ask': ( 'tune/constrained.html#constrainedsearch.ask',
                                                                                               'ecomopt/tune/constrained.py'),
                                           'ecomopt.tune.constrained.ConstrainedSearch.best': ( 'tune/constrained.html#constrainedsearch.best',

@@ -79,8 +79,10 @@ class ConstrainedSearch:
         rungs: Sequence[float] = (0.1, 1 / 3, 1.0),  # fractions of the data, rising
         first: Sequence[tuple[np.ndarray, object]] = (),  # to try before all others
         seed: int = 0,                # of the proposals
+        min_gain: float = 0.05,       # of the cost, fraction: what gains less is not worth a trial
     ):
         self.minimize, self.limits, self.max_drop = minimize, limits, max_drop
+        self.min_gain = min_gain
         self.propose, self.seconds, self.rungs = propose, seconds, tuple(rungs)
         self.queue, self.candidates = list(first), []
         self.seed = _whole_number(seed, "seed", 0)
@@ -109,15 +111,14 @@ class ConstrainedSearch:
 
     def _promoted(self, seconds_left: float) -> Candidate | None:
         "A candidate to train on: the best third of a rung goes on to the next (Li et al. 2020)."
-        best = self.best()
+        target = self._target()
         for rung in reversed(self.rungs[:-1]):
             there = [c for c in self.candidates if rung in c.drops and not c.out]
             free = len(there) // 3 - sum(c.fraction > rung for c in there)
             if free < 1: continue
             order = np.argsort(-self.score(there), kind="stable")[:len(there) // 3]
             for c in (there[i] for i in order):
-                gain = best is None or c.costs[self.minimize] < best.costs[self.minimize]
-                if c.fraction > rung or not gain: continue
+                if c.fraction > rung or c.costs[self.minimize] >= target: continue
                 if self.seconds(c.what, rung, self._next(c)) <= seconds_left: return c
         return None
 
@@ -193,9 +194,14 @@ class ConstrainedSearch:
         constraints = [(*self._costs(name, pool), np.log(t)) for name, t in self.limits.items()]
         drop, uncertain = self.predict_drop(pool, [1.0] * len(pool))
         constraints.append((drop, uncertain, _warp(self.max_drop)))
-        best = self.best()
-        lowest = None if best is None else np.log(best.costs[self.minimize])
+        target = self._target()
+        lowest = np.log(target) if target < np.inf else None
         return log_constrained_improvement(mean, std, lowest, constraints)
+
+    def _target(self) -> float:
+        "The cost to get below; infinite while no candidate is feasible."
+        best = self.best()
+        return np.inf if best is None else (1 - self.min_gain) * best.costs[self.minimize]
 
     def feasible(self) -> list[Candidate]:
         "Trained candidates that keep all limits, by the process' estimate of their drop."
