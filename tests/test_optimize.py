@@ -16,11 +16,12 @@ import tiny
 import torch
 from datasets import Dataset
 
-from ecomopt import EcomoptError, Goal, Recipe, finetune, load, optimize, save
+from ecomopt import EcomoptError, Goal, Recipe, Task, finetune, html_report, load, load_model, optimize, save
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.steps import _KINDS, step_kinds
 from ecomopt.optimize import optimize as module
 from ecomopt.optimize.recipe import StepContext
+from tools import architectures
 
 BINARY = Path(sys.executable).with_name("ecomopt")
 pytestmark = pytest.mark.xdist_group("optimize")
@@ -153,6 +154,31 @@ def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
     search = module._Search(context, Goal(), 10.0, 1, 1, None)
     gate = module._no_lost_class(search.answers, search.actual, search.actual, task.labels, 0.1)
     assert not gate["passed"] and "negative" in gate["detail"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_any_architecture_and_what_it_does_not_support_is_said(name, tmp_path):
+    folder = architectures.checkpoint(name, tmp_path / "model")
+    try: teacher = load_model(folder, architectures.LABELS, max_length=64)
+    except EcomoptError: return  # the table of the site says which and why
+    found = optimize(tiny.task(120), teacher, Goal(max_drop=0.5), "4s", threads=1)
+    assert found.feasible and all(one["why"] for one in found.data["left_out"])
+    again = load(found.save(tmp_path / "small"))
+    assert again.predict(["good", "bad battery"]) == found.model.predict(["good", "bad battery"])
+
+
+@pytest.mark.slow
+def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path):
+    said = "très bon", "很好，真的", "отлично", "&quot;good&quot; &amp; cheap", "👍🏽", "<b>schlecht</b><br/>", "جيد جدا"
+    table = pd.DataFrame({"text": [f"{said[i % 7]} {i} " * (1 + i % 90) for i in range(1000)],
+                          "label": [f"Größe {i % 50}" for i in range(1000)]})
+    table.to_json(tmp_path / "texts.jsonl", orient="records", lines=True, force_ascii=False)
+    task = Task.from_csv(tmp_path / "texts.jsonl")
+    teacher = finetune(tiny.written(tiny.classifier(), tmp_path / "bert"), task, epochs=1)
+    found = optimize(task, teacher, Goal(max_drop=0.5), "10s", threads=1)
+    assert len(found.model.labels) == 50 and found.data["task"]["truncated"]["train"] > 0
+    assert "Größe 7" in html_report(found.data)
 
 
 @pytest.mark.parametrize("change, match", [
