@@ -170,7 +170,8 @@ def test_any_architecture_and_what_it_does_not_support_is_said(name, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path):
-    said = "très bon", "很好，真的", "отлично", "&quot;good&quot; &amp; cheap", "👍🏽", "<b>schlecht</b><br/>", "جيد جدا"
+    said = ("très bon", "很好，真的", "отлично", "&quot;good&quot; &amp; cheap", "👍🏽", "<b>schlecht</b><br/>",
+            "جيد جدا")
     table = pd.DataFrame({"text": [f"{said[i % 7]} {i} " * (1 + i % 90) for i in range(1000)],
                           "label": [f"Größe {i % 50}" for i in range(1000)]})
     table.to_json(tmp_path / "texts.jsonl", orient="records", lines=True, force_ascii=False)
