@@ -95,3 +95,14 @@ def test_candidates_without_rungs_take_no_place_of_those_to_be_promoted():
         search.tell_drop(candidate, 1.0 if i < 3 else 0.1, 0.05)
     candidate, fraction = search.ask()
     assert candidate.drops and fraction == pytest.approx(1 / 3)
+
+
+def test_known_costs_are_used_before_a_candidate_is_built():
+    def known(what): return {"ms": 1 + 4 * what[0]} if what[0] < 0.5 else {"ms": 9.0}
+    search = ConstrainedSearch("ms", {}, 0.05, propose, seconds, known_costs=known)
+    for _ in range(6):
+        candidate, fraction = search.ask()
+        search.tell_costs(candidate, known(candidate.what))
+        search.tell_drop(candidate, 1.0, 0.01)
+    slow = [c for c in search.candidates[1:] if c.costs["ms"] == 9.0]
+    assert not slow, "what is known to be slower than the best is not tried"

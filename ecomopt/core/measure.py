@@ -124,14 +124,23 @@ def count_macs(
     "Count the multiply-adds of one sentence by running it, or by the model's own method."
     if hasattr(model, "count_macs"): return model.count_macs(tokens)
     ops = torch.ops
-    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    given = _example(model, tokens)
     int8 = ops.quantized.linear_dynamic, ops.onednn.qlinear_pointwise, ops.aten._int_mm
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(int8, _int8_flops))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        torch.func.functional_call(model, weights, kwargs=given)  # none needs a gradient
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/core/14_measure.ipynb #f5442b3f
+def _example(model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
+    "Inputs [1, tokens] of a sentence; it ends with the token that some models look for."
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    if isinstance(end, int): ids[0, -1] = end
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def count_parameters(
     model: torch.nn.Module,  # any module; quantized layers included
 ) -> int:                    # shared weights once; of quantized layers the weights alone

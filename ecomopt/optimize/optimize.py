@@ -167,7 +167,11 @@ class _Search:
         first = [(self.space.point(steps), steps) for steps in priors if steps is not None]
         self.search = ConstrainedSearch(
             self.goal.cost, self.goal.limits, self.goal.max_drop, self.space.propose, self.expected,
-            _RUNGS, first, self.context.seed)
+            _RUNGS, first, self.context.seed, known_costs=self.known_costs)
+
+    def known_costs(self, steps: list[dict]) -> dict[str, float] | None:
+        "Costs of a recipe, if one with the same steps but for its trainings was measured."
+        return self.known.get(str(_untrained(steps)))
 
     def costs(self, model: Classifier, *effort: int) -> dict[str, float]:
         "Latency, throughput and bytes of a model; `effort`: rounds, and texts one by one."
@@ -214,15 +218,15 @@ class _Search:
 
     def measure(self, candidate: Candidate) -> bool:
         "Build a candidate untrained and measure what it costs; False if it is out."
-        if candidate.costs: return True
+        if id(candidate) in self.trials: return True
         needs_training = bool(_split(candidate.what)[0])
         start = time.perf_counter()
         trial = Trial(len(self.trials), candidate.what)
         self.trials[id(candidate)] = trial
         try:
-            key = str(_untrained(candidate.what))  # how it is trained makes no difference
-            model = None if needs_training and key in self.known else self.build(candidate, key)
-            trial.costs = self.known[key]
+            is_known = needs_training and self.known_costs(candidate.what)
+            model = None if is_known else self.build(candidate)
+            trial.costs = self.known_costs(candidate.what)
             trial.measured.append(trial.costs)
             if not self.search.tell_costs(candidate, trial.costs): trial.status = "cost"
             elif not needs_training:
@@ -234,10 +238,10 @@ class _Search:
         if is_done and self.on_trial: self.on_trial(trial)
         return not is_done
 
-    def build(self, candidate: Candidate, key: str) -> Classifier:
+    def build(self, candidate: Candidate) -> Classifier:
         "Build a candidate untrained, and note what models of such steps cost."
         model = build_untrained(candidate.what, self.context)
-        self.known[key] = self.costs(model, 3, 10)
+        self.known[str(_untrained(candidate.what))] = self.costs(model, 3, 10)
         return model
 
     def train(self, batch: list[tuple[Candidate, float]], complete: bool = False) -> bool:

@@ -80,9 +80,10 @@ class ConstrainedSearch:
         first: Sequence[tuple[np.ndarray, object]] = (),  # to try before all others
         seed: int = 0,                # of the proposals
         min_gain: float = 0.05,       # of the cost, fraction: what gains less is not worth a trial
+        known_costs: Callable = lambda what: None,  # f(candidate) -> its costs, if they are known
     ):
         self.minimize, self.limits, self.max_drop = minimize, limits, max_drop
-        self.min_gain = min_gain
+        self.min_gain, self.known_costs = min_gain, known_costs
         self.propose, self.seconds, self.rungs = propose, seconds, tuple(rungs)
         self.queue, self.candidates = list(first), []
         self.seed = _whole_number(seed, "seed", 0)
@@ -102,6 +103,7 @@ class ConstrainedSearch:
         known = {one.point.tobytes() for one in self.candidates}
         drawn = self.propose(rng, self._good())
         pool = [Candidate(*pair) for pair in drawn if pair[0].tobytes() not in known]
+        for one in pool: one.costs = self.known_costs(one.what)
         seconds = np.array([self.seconds(c.what, 0.0, self.rungs[0]) for c in pool])
         pool = [c for c, one in zip(pool, seconds) if one <= seconds_left]
         if not pool: return None
