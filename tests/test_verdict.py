@@ -89,6 +89,9 @@ def test_the_bound_solves_the_quadratic_where_nothing_was_gained():
 @pytest.mark.filterwarnings("error")
 def test_all_lost_and_all_gained():
     assert drop_bound(10, 0, 10) == 1 and -1 < drop_bound(0, 10, 10) < -0.4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(drop_bound(0, n, n) < 0 for n in range(5, 200))
     assert noninferiority_test(*answers(10, 0, 10), 0.4).outcome == "not met"
 
 

@@ -31,8 +31,10 @@ def drop_bound(
     "Bound the drop in accuracy from above by Tango's score test for paired proportions (1998)."
     def statistic(claim):
         b = (2 * n - lost + gained) * claim - lost - gained
-        p = (np.sqrt(b**2 + 8 * n * gained * claim * (1 - claim)) - b) / (4 * n)
-        return (lost - gained + 0.5 - n * claim) / np.sqrt(n * (2 * p + claim * (1 - claim)))
+        root = np.sqrt(max(b**2 + 8 * n * gained * claim * (1 - claim), 0.0))
+        p = (root - b) / (4 * n)
+        variance = max(n * (2 * p + claim * (1 - claim)), 1e-12)  # 0 where all sentences differ
+        return (lost - gained + 0.5 - n * claim) / np.sqrt(variance)
 
     if lost >= n: return 1.0
     z, low, high = norm.ppf(confidence), (lost - gained) / n, 1.0
