@@ -113,8 +113,10 @@ def disk_bytes_of(model) -> int:
 
 @pytest.mark.slow
 def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path):
-    found = optimize(task, teacher, Goal(max_bytes=10), "10s")
-    assert not found.feasible and "None of" in found.data["reason"]
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        found = optimize(task, teacher, Goal(max_bytes=10), "10s")
+    assert not found.feasible and "times the disk_bytes of the limit" in found.data["reason"]
+    assert any("cannot be kept" in note for note in found.data["notes"])
     assert load(found.save(tmp_path / "closest")).labels == task.labels
 
 

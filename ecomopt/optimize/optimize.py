@@ -12,6 +12,7 @@ import math
 import pickle
 import platform
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -87,6 +88,15 @@ _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions 
     [{"keep_layers": {"layers": 0.5}}, _TRAIN[1], _CONVERT],
 ]
 
+# %% ../../nbs/optimize/54_optimize.ipynb #a1e11ac4
+_LEAST = dict(layers=0.0, neurons=0.0, heads=0.0, vocabulary=True, min_count=3, first_token=True)
+_SMALLEST = [  # of no use: a limit that they break is broken by all recipes
+    [{kind: _LEAST}, *more, {"distill": {}}, last]
+    for kind, more in (("prune_structured", [{"quantize_embeddings": {"bits": 2}}]),
+                       ("keep_layers", []))
+    for last in (_CONVERT, _ONNX, {"quantize": {"embedding_bits": 4, "bits": 4}})
+]
+
 # %% ../../nbs/optimize/54_optimize.ipynb #4147d7d1
 def _sized(steps: list[dict], space: RecipeSpace) -> list[dict] | None:
     "A recipe of the list above for the teacher of this space."
@@ -148,7 +158,7 @@ class _Search:
         self.began = time.perf_counter()
         self.budget, self.is_interrupted = budget, False
         self.trials, self.students, self.known, self.spent = {}, {}, {}, []
-        self.search, self.left_out = None, []
+        self.search, self.left_out, self.impossible = None, [], None
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
         self.answers = _predict("teacher", context.teacher, self.texts, self.task.labels, 32)
@@ -203,8 +213,23 @@ class _Search:
         "Try candidates until the time is over; Ctrl-C ends the search as well."
         try:
             self.prepare()
-            while self.left() > self.reserve() and self.round(): pass
+            unused = 0.0 if self.is_possible() else 0.9 * self.budget
+            while self.left() > self.reserve() + unused and self.round(): pass
         except KeyboardInterrupt: self.is_interrupted = True
+
+    def is_possible(self) -> bool:
+        "Whether the smallest models of the space keep the limits on costs; warn if not."
+        if not self.goal.limits: return True
+        recipes = [_sized(steps, self.space) for steps in _SMALLEST]
+        built = [build_untrained(steps, self.context) for steps in recipes if steps][:3]
+        found = [self.costs(model, 1, 10) for model in built]
+        for name, limit in self.goal.limits.items():
+            least = min((costs[name] for costs in found), default=0.0)
+            if least <= limit: continue
+            self.impossible = f"The smallest model of the space has {name} = {least:.4g}: " \
+                              f"the limit of {limit:.4g} cannot be kept."
+            warnings.warn(self.impossible, stacklevel=4)
+        return not self.impossible
 
     def round(self) -> bool:
         "Ask for as many trials as there are jobs, train them, and note what came out."
@@ -479,9 +504,20 @@ def _cost_range(search: _Search) -> dict:
     return {"smallest": at(0), "typical": at(0.5), "largest": at(1)}
 
 # %% ../../nbs/optimize/54_optimize.ipynb #d9fa7122
+def _distance_words(goal: Goal, trial: Trial) -> str:
+    "How far a trial is from a goal."
+    drop = trial.drop if trial.estimate is None else trial.estimate
+    parts = [f"has {trial.costs[name] / limit:.3g} times the {name} of the limit"
+             for name, limit in goal.limits.items() if trial.costs[name] > limit]
+    if drop > goal.max_drop:
+        parts.append(f"loses {100 * drop:.1f} points on the valid split, by the estimate")
+    if trial.status == "gate": parts.append(f"fails a gate ({trial.why})")
+    return " and ".join(parts) or "fails a gate"
+
+
 def _reason(search: _Search, trial: Trial, feasible: bool) -> str:
     "Why this model was chosen, in a sentence."
-    goal, costs = search.goal, trial.costs
+    goal = search.goal
     what = {"latency": "latency", "bytes": "bytes on disk"}[goal.minimize]
     of = f"of {len(search.trials)} recipes"
     if feasible and not trial.steps:
@@ -489,8 +525,7 @@ def _reason(search: _Search, trial: Trial, feasible: bool) -> str:
     if feasible:
         limit = f"at most {100 * goal.max_drop:g} points of drop, as estimated on the valid split"
         return f"It has the lowest {what} {of} among those with {limit}, and passes all gates."
-    found = f"{100 * trial.drop:.1f} points of drop, {costs['latency_ms']:.2f} ms"
-    return f"None {of} satisfies the goal. This is the closest, with {found} on the valid split."
+    return f"None {of} satisfies the goal. The closest {_distance_words(goal, trial)}."
 
 # %% ../../nbs/optimize/54_optimize.ipynb #3b949f4f
 def _resolution(search: _Search, disagreement: float) -> list[str]:
@@ -516,6 +551,7 @@ def _notes(search: _Search, verdict: Verdict, against: Verdict) -> list[str]:
     if task.metric == "accuracy" and largest > 0.7:
         share = f"{100 * largest:.0f} % of the texts have one label"
         notes.append(f"{share}: consider a task with metric='macro_f1'.")
+    if search.impossible: notes.append(search.impossible)
     if search.is_interrupted: notes.append("The search was interrupted; this is the best so far.")
     return notes
 
