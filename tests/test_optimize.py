@@ -24,7 +24,7 @@ from ecomopt.optimize.recipe import StepContext
 from tools import architectures
 
 BINARY = Path(sys.executable).with_name("ecomopt")
-pytestmark = pytest.mark.xdist_group("optimize")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("optimize")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,6 @@ def no_conversion():
 def result(task, teacher): return optimize(task, teacher, Goal(max_drop=0.2), "40s")
 
 
-@pytest.mark.slow
 def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
     trials = result.data["trials"]
     won = [trial for trial in trials if trial["winner"]]
@@ -61,7 +60,6 @@ def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
     assert trials[0]["steps"] == [], "the teacher is the first trial"
 
 
-@pytest.mark.slow
 def test_what_is_saved_is_what_was_found(result, task, tmp_path):
     path = result.save(tmp_path / "small")
     assert load(path).predict(task.test["text"][:]) == result.model.predict(task.test["text"][:])
@@ -78,13 +76,11 @@ def module_report(path: Path) -> str:
     return report(path).read_text("utf8")
 
 
-@pytest.mark.slow
 def test_the_recipe_makes_the_same_model_again(result, task, teacher):
     again = result.recipe.run(task, teacher, measure=False)
     assert again.model.predict(task.test["text"][:]) == result.model.predict(task.test["text"][:])
 
 
-@pytest.mark.slow
 def test_the_front_is_a_front_and_tables_are_whole(result):
     known = [t for t in result.data["trials"] if t["drop"] is not None and t["status"] == "trained"]
     def costs(t): return (t["drop"], t["latency_ms"], t["disk_bytes"])
@@ -96,7 +92,6 @@ def test_the_front_is_a_front_and_tables_are_whole(result):
     assert json.loads(json.dumps(result.data)) == result.data
 
 
-@pytest.mark.slow
 def test_what_breaks_a_limit_is_never_trained(task, teacher):
     most = 0.9 * disk_bytes_of(teacher)
     found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"), "30s")
@@ -111,7 +106,6 @@ def disk_bytes_of(model) -> int:
     with tempfile.TemporaryDirectory() as folder: return disk_bytes(save(model, Path(folder) / "m"))
 
 
-@pytest.mark.slow
 def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path):
     with pytest.warns(UserWarning, match="cannot be kept"):
         found = optimize(task, teacher, Goal(max_bytes=10), "10s")
@@ -120,7 +114,6 @@ def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path):
     assert load(found.save(tmp_path / "closest")).labels == task.labels
 
 
-@pytest.mark.slow
 def test_interruption_finishes_with_the_best_so_far(task, teacher):
     def interrupt(trial): raise KeyboardInterrupt
     found = optimize(task, teacher, Goal(max_drop=0.2), "10min", on_trial=interrupt)
@@ -128,7 +121,6 @@ def test_interruption_finishes_with_the_best_so_far(task, teacher):
     assert any("interrupted" in note for note in found.data["notes"])
 
 
-@pytest.mark.slow
 def test_interruption_before_the_first_trial_leaves_the_teacher(task, teacher, monkeypatch):
     def interrupt(context): raise KeyboardInterrupt
     monkeypatch.setattr(module, "search_space", interrupt)
@@ -136,7 +128,6 @@ def test_interruption_before_the_first_trial_leaves_the_teacher(task, teacher, m
     assert found.model is teacher and found.feasible
 
 
-@pytest.mark.slow
 def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch):
     def broken(*arguments): raise EcomoptError("It is broken.", "here", "Mend it.")
     monkeypatch.setattr(module, "build_untrained", broken)
@@ -145,7 +136,6 @@ def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch):
     assert any(t["why"] == "It is broken." for t in found.data["trials"])
 
 
-@pytest.mark.slow
 def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
     rows = Dataset.from_list([r for i, r in enumerate(task.train) if r["label"] == 1 or i % 12 == 0])
     unbalanced = replace(task, train=rows)
@@ -158,7 +148,6 @@ def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
     assert not gate["passed"] and "negative" in gate["detail"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_any_architecture_and_what_it_does_not_support_is_said(name, tmp_path):
     folder = architectures.checkpoint(name, tmp_path / "model")
@@ -170,7 +159,6 @@ def test_any_architecture_and_what_it_does_not_support_is_said(name, tmp_path):
     assert again.predict(["good", "bad battery"]) == found.model.predict(["good", "bad battery"])
 
 
-@pytest.mark.slow
 def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path):
     said = ("très bon", "很好，真的", "отлично", "&quot;good&quot; &amp; cheap", "👍🏽", "<b>schlecht</b><br/>",
             "جيد جدا")
@@ -224,7 +212,6 @@ def run(shop: Path, *words: str, **options) -> subprocess.CompletedProcess:
 COLUMNS = ("reviews.csv", "--text", "review", "--label", "stars")
 
 
-@pytest.mark.slow
 def test_the_main_job_in_one_line(shop):
     ran = run(
         shop,
@@ -250,7 +237,6 @@ def test_the_main_job_in_one_line(shop):
     assert labelled[0] == "review,stars,label,score" and len(labelled) == 301
 
 
-@pytest.mark.slow
 def test_a_goal_that_is_not_met_is_exit_code_1(shop):
     ran = run(
         shop, "optimize", *COLUMNS, "--model", "teacher", "--max-bytes", "9", "--budget", "10s", "--out", "closest"
@@ -283,7 +269,6 @@ def test_an_output_that_holds_something_else_is_refused(shop):
     assert ran.returncode == 2 and (shop / "mine" / "photo").read_text() == "x"
 
 
-@pytest.mark.slow
 def test_two_runs_on_one_output(shop):
     words = [BINARY, "optimize", *COLUMNS, "--model", "teacher", "--budget", "10min", "--out", "both"]
     with subprocess.Popen(words, cwd=shop, stderr=subprocess.PIPE, text=True) as first:
@@ -296,7 +281,6 @@ def test_two_runs_on_one_output(shop):
     assert first.returncode in (0, 1) and (shop / "both" / "artifact.json").exists(), "Ctrl-C saves the best so far"
 
 
-@pytest.mark.slow
 def test_predict_needs_little_memory_for_many_lines(shop):
     code = ("import resource, subprocess, sys; out = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, "
             "stdout=subprocess.DEVNULL); [out.stdin.write(b'the battery broke\\n' * 1000) for _ in range({n})]; "

@@ -229,6 +229,7 @@ def test_a_fast_model_that_repeats_for_ever_never_wins(lm, only):
     assert not impossible.feasible and not impossible.table["winner"][1]  # not even as the closest
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_is_left_out(lm, only):
     def make(lm): raise RuntimeError("no such kernel\nmore")
     only(make)
@@ -238,6 +239,7 @@ def test_what_cannot_be_made_is_left_out(lm, only):
     assert html_report(found.data)
 
 
+@pytest.mark.slow
 def test_an_interrupt_finishes_with_the_best_so_far(lm, only):
     def make(lm): raise KeyboardInterrupt
     only(make)
@@ -245,6 +247,7 @@ def test_an_interrupt_finishes_with_the_best_so_far(lm, only):
     assert len(found.table) == 1 and found.recipe == [] and any("interrupted" in n for n in found.data["notes"])
 
 
+@pytest.mark.slow
 def test_a_short_budget_leaves_the_original(lm, only):
     only(looping)
     found = optimize_language_model(PROMPTS, lm, budget=1e-3, threads=1, max_new_tokens=4)
@@ -253,6 +256,7 @@ def test_a_short_budget_leaves_the_original(lm, only):
     assert found.data["winner"] == found.data["teacher"]
 
 
+@pytest.mark.slow
 def test_a_goal_out_of_reach_gives_the_closest(lm, only):
     only(lambda lm: replace(lm))
     found = optimize_language_model(PROMPTS, lm, Goal(max_latency_ms=1), threads=1, max_new_tokens=4)
@@ -261,6 +265,7 @@ def test_a_goal_out_of_reach_gives_the_closest(lm, only):
     assert html_report(found.data)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_reload_gives_way_to_the_next(lm, only, monkeypatch):
     only(lambda lm: replace(lm))
     monkeypatch.setattr(language, "_reloads", lambda new, *args: _gate("reloads", new is lm, "differs"))
@@ -269,6 +274,7 @@ def test_a_model_that_does_not_reload_gives_way_to_the_next(lm, only, monkeypatc
     assert found.table["why"][1] == "reloads: differs"
 
 
+@pytest.mark.slow
 def test_draft_tokens_that_change_the_text_are_out(lm, only, monkeypatch):
     only(lambda lm: replace(lm))
     monkeypatch.setattr(language, "prompt_lookup_decoding", lambda *args, **kwargs: ([5] * 4, 1))
@@ -296,11 +302,13 @@ def test_the_fresh_process_gives_the_same_answers(lm):
     (dict(budget=0), "budget"), (dict(budget="soon"), "budget"), (dict(seed=-1), "seed"), (dict(threads=0), "threads"),
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=10**6), "positions"),
 ])
+@pytest.mark.slow
 def test_bad_input_is_refused_before_any_work(lm, change, what):
     given = dict(prompts=PROMPTS, language_model=lm) | change
     with pytest.raises(EcomoptError, match=what): optimize_language_model(**given)
 
 
+@pytest.mark.slow
 def test_unknown_steps_and_options_are_refused(lm):
     for steps, near in (([{"quantise_language_model": {}}], "quantize_language_model"),
                         ([{"quantize_language_model": {"bit": 4}}], "bits")):
