@@ -39,8 +39,8 @@ NOTES = (
     "of the test split, waits for the answer, and sends the next. Plain: a FastAPI handler that calls "
     f"model.logits([text]) in the thread pool. Requests a second: median of {ROUNDS} rounds of {SECONDS:g} s, in each "
     "of which all servers were measured in turn; percentiles of all rounds. Lost: no answer, or another status than "
-    f"200; mixed: scores more than 0.05 from those of the text. Disturbances, beside {DISTURBED} clients: SIGKILL of other clients, "
-    "malformed bodies, texts of 10 MB, clients that hang up."
+    "200; mixed: scores more than 0.05 from those of the text. Disturbances, beside "
+    f"{DISTURBED} clients: SIGKILL of other clients, malformed bodies, texts of 10 MB, clients that hang up."
 )
 
 

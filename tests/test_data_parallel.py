@@ -74,6 +74,7 @@ def left_behind() -> list[psutil.Process]:
     return [child for server in psutil.Process().children() for child in server.children(recursive=True)]
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_ever_and_nothing_is_left_behind():
     start = time.monotonic()
     with pytest.raises(EcomoptError, match="2 of 2 processes did not finish in 1 seconds"):
@@ -82,6 +83,7 @@ def test_nobody_waits_for_ever_and_nothing_is_left_behind():
     assert left_behind() == []
 
 
+@pytest.mark.slow
 def test_bad_results_and_bad_numbers():
     with pytest.raises(EcomoptError, match="plain data"): launch(lambda rank: EcomoptError("", "", ""), 1)
     with pytest.raises(EcomoptError, match="0 processes"): launch(total, 0)

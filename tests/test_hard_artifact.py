@@ -235,6 +235,7 @@ def test_of_three_processes_that_save_to_one_path_one_wins(processes, how):
     assert processes[f"together {how}"] == [[0, 0, 0], ["model"], True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exchange", "renames"])
 def test_a_process_that_loads_while_another_saves_gets_one_of_the_models(processes, how):
     wrong, reads = processes[f"read {how}"]

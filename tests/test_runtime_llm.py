@@ -72,6 +72,7 @@ def test_save_and_load(lm, converted, bits, tmp_path):
     assert again.generate(TEXTS, 4) == converted[bits].generate(TEXTS, 4)
 
 
+@pytest.mark.slow
 def test_one_text_at_a_time(lm, converted):
     ids = torch.tensor(lm.encode(TEXTS[:1]))
     first = converted[32].model(ids)

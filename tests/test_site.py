@@ -141,6 +141,7 @@ def test_fonts_of_the_network_are_taken_out_whole(address):
     assert IMPORT.sub("", f"/**/@import {address};:root{{}}") == "/**/:root{}"
 
 
+@pytest.mark.slow
 def test_the_sidebar_shows_every_page(site, browser):
     browser.get(site[1])
     assert hrefs(browser, "#quarto-sidebar a.sidebar-link[href]") == [site[1] + page for page in pages()]
