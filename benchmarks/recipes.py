@@ -24,6 +24,8 @@ from tools.bench import report
 
 TABLE, RUNGS, SEEDS = Path(__file__).with_name("recipes.csv"), (0.1, 1 / 3, 1.0), list(range(20))
 THREADS, MOST_AUGMENT, MAX_DROP = 2, 4_000, 0.03
+COLUMNS = ["steps", "listed", "point", *(f"{name} {u:.2g}" for name in ("drop", "seconds") for u in RUNGS),
+           "latency_ms", "throughput", "disk_bytes", "why"]
 NOTES = (
     f"Reviews with 2,000 of the unlabelled sentences, at most {MOST_AUGMENT:,} augmented ones, so that a full training "
     "takes half a minute: recipes drawn at random from the space of `optimize`, and those of its list; drops on the "
@@ -45,7 +47,7 @@ def context() -> StepContext:
 
 def space_of(search: _Search) -> RecipeSpace:
     """The space of `optimize`, with fewer augmented texts."""
-    kinds = dict(search.space.kinds)
+    kinds = search.space.kinds
     return RecipeSpace(kinds | {"distill": kinds["distill"] | {"augment": (0, MOST_AUGMENT)}})
 
 
@@ -76,18 +78,11 @@ def record(n: int) -> None:
         row = {"steps": steps, "listed": steps in listed, "point": json.dumps(space.point(json.loads(steps)).tolist())}
         try: row |= tried(search, json.loads(steps))
         except EcomoptError as error: row["why"] = error.what
-        columns = ["steps", "listed", "point", *(f"drop {u:.2g}" for u in RUNGS), *(f"seconds {u:.2g}" for u in RUNGS),
-                   "latency_ms", "throughput", "disk_bytes", "why"]
-        pd.DataFrame([row]).reindex(columns=columns).to_csv(TABLE, mode="a", header=not TABLE.exists(), index=False)
+        pd.DataFrame([row]).reindex(columns=COLUMNS).to_csv(TABLE, mode="a", header=not TABLE.exists(), index=False)
         print({k: v for k, v in row.items() if k != "point"}, flush=True)
 
 
 # ---------------------------------------------------------------- searching the table
-
-def rows_of(table: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
-    """Points, and the rows they stand for."""
-    return [(np.array(json.loads(point)), i) for i, point in zip(table.index, table["point"])]
-
 
 def constrained(table: pd.DataFrame, is_hit: Callable[[int], bool], limit: float, seed: int) -> tuple:
     """Trainings, candidates and seconds until the search has a hit, trained on all texts."""

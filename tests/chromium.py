@@ -20,5 +20,5 @@ def headless(window: str) -> Iterator[webdriver.Chrome]:
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        yield driver
-        driver.quit()
+        try: yield driver
+        finally: driver.quit()

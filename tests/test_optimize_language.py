@@ -218,7 +218,7 @@ def only(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_fast_model_that_repeats_for_ever_never_wins(lm, only):
+def test_a_fast_model_that_repeats_itself_never_wins(lm, only):
     only(looping)
     found = optimize_language_model(PROMPTS, lm, threads=1, max_new_tokens=40)
     row = found.table.iloc[1]

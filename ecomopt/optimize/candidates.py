@@ -6,23 +6,30 @@
 __all__ = ['Goal', 'parse_budget', 'RecipeSpace', 'apply_steps', 'rung', 'build_untrained', 'measure_costs', 'search_space']
 
 # %% ../../nbs/optimize/51_candidates.ipynb #cadaf09d
+import datetime
+import importlib.metadata
+import json
 import math
+import platform
 import re
 import reprlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from .. import EcomoptError
+# %% ../../nbs/optimize/51_candidates.ipynb #d0b9129b
+from .. import EcomoptError, __version__
 from ..core.artifact import file_bytes, save
 from ..core.checks import _first_line, _positive_number, _unknown
+from ..core.hardware import _cpu
 from ..core.measure import time_interleaved
 from ..core.steps import step_kind, step_kinds
 from ..core.train import Classifier
@@ -62,6 +69,14 @@ class Goal:
         "The limits of costs that there are, by the cost's name."
         limits = {"latency_ms": self.max_latency_ms, "disk_bytes": self.max_bytes}
         return {name: float(limit) for name, limit in limits.items() if limit is not None}
+
+    def excess(
+        self,
+        costs: dict[str, float],  # name → value, as measured
+    ) -> dict[str, float]:        # name → value / limit, above 1
+        "The limits of costs that are broken, and how far."
+        ratios = {name: costs[name] / limit for name, limit in self.limits.items()}
+        return {name: ratio for name, ratio in ratios.items() if ratio > 1}
 
     @property
     def cost(self) -> str:
@@ -304,13 +319,17 @@ def _usable(
     return (kept, wrong) if why is None else ({}, wrong or [("", why)])
 
 # %% ../../nbs/optimize/51_candidates.ipynb #86da5f81
+def _why_failed(error: Exception) -> str:
+    "What went wrong, also in a library that meets a model it does not know."
+    if isinstance(error, EcomoptError): return error.what
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
 def _attempt(name: str, tiny: Classifier, context: StepContext, options: dict) -> str | None:
     "Why a step cannot be applied; None if it can."
     before = [{other: {}} for other in sorted(step_kind(name).must_follow)[:1]]
     try: made = apply_steps(tiny, [*before, {name: options}], context)
-    except EcomoptError as error: return error.what
-    except Exception as error:  # of a library that meets a model it does not know
-        return f"{type(error).__name__}: {_first_line(error)}"
+    except Exception as error: return _why_failed(error)
     logits = made.logits(["a", "a b c"])
     return None if np.isfinite(logits.numpy()).all() else "Its logits are not finite."
 
@@ -334,6 +353,10 @@ def search_space(
     return RecipeSpace(kinds), left_out
 
 # %% ../../nbs/optimize/51_candidates.ipynb #39f3bbe4
+def _gate(name: str, passed: bool, detail: str) -> dict:
+    return dict(name=name, passed=bool(passed), detail=detail)
+
+
 def _same_labels(model: Classifier, texts: list[str]) -> dict:
     "Gate: a text gets the same label alone, in a batch of 64, and beside a long text."
     texts = [text for text in texts if text.strip()][:64]
@@ -344,9 +367,7 @@ def _same_labels(model: Classifier, texts: list[str]) -> dict:
     beside = [model.labels[i] for i in padded.argmax(1).tolist()]
     wrong = sum(not a == b == c for a, b, c in zip(alone, batch, beside))
     detail = f"{len(texts) - wrong} of {len(texts)} texts"
-    return dict(
-        name="same label alone, in a batch, beside a long text", passed=not wrong, detail=detail
-    )
+    return _gate("same label alone, in a batch, beside a long text", not wrong, detail)
 
 # %% ../../nbs/optimize/51_candidates.ipynb #5fad5bd3
 def _no_lost_class(
@@ -365,7 +386,7 @@ def _no_lost_class(
         given_up = before > 0 and not (predicted == i).any()
         if given_up or _is_lost(before, after, int(rows.sum()), most): lost.append(label)
     detail = f"too low: {', '.join(lost)}" if lost else f"{len(labels)} classes"
-    return dict(name="recall of each class", passed=not lost, detail=detail)
+    return _gate("recall of each class", not lost, detail)
 
 
 def _is_lost(before: int, after: int, n: int, most: float) -> bool:
@@ -375,31 +396,47 @@ def _is_lost(before: int, after: int, n: int, most: float) -> bool:
     return (before - after) / n - noise > most
 
 # %% ../../nbs/optimize/51_candidates.ipynb #7ca07c2c
-_RELOAD = """import sys
-from safetensors.numpy import save_file
+_SAME_ANSWERS = "same answers after reloading in a fresh process"
+_RELOAD = """import json, sys
 from ecomopt import load
-texts = sys.stdin.read().split("\\0")
-save_file({"logits": load(sys.argv[1]).logits(texts).numpy()}, sys.argv[2])
+answers = load(sys.argv[1]).logits(json.load(sys.stdin)).tolist()
+open(sys.argv[2], "w", encoding="utf8").write(json.dumps(answers))
 """
 
 
+def _in_fresh_process(model: Classifier, script: str, given: list) -> tuple[object, str]:
+    "What a script writes of a saved model, None if it fails; and the last line of its error."
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = save(model, f"{folder}/model"), Path(folder, "answers.json")
+        command = [sys.executable, "-c", script, str(path), str(out)]
+        ran = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
+        if ran.returncode == 0: return json.loads(out.read_text("utf8")), ""
+        return None, (ran.stderr.strip().splitlines() or ["it ended"])[-1]
+
+# %% ../../nbs/optimize/51_candidates.ipynb #505f0e7e
 def _reloads(model: Classifier, texts: list[str]) -> dict:
     "Gate: saved, and loaded in a fresh process, it gives the same answers."
-    texts = [text for text in texts if text.strip() and "\0" not in text][:64]
-    with tempfile.TemporaryDirectory() as folder:
-        path, out = save(model, f"{folder}/model"), f"{folder}/logits"
-        command = [sys.executable, "-c", _RELOAD, str(path), out]
-        ran = subprocess.run(command, input="\0".join(texts), capture_output=True, text=True)
-        found = load_file(out)["logits"] if ran.returncode == 0 else np.zeros((0, 0))
+    texts = [text for text in texts if text.strip()][:64]
+    answers, error = _in_fresh_process(model, _RELOAD, texts)
+    found = np.array(answers or [], np.float32)
     expected = model.logits(texts).numpy()
     same = found.shape == expected.shape and np.allclose(found, expected, atol=1e-4)
-    detail = f"{len(texts)} texts" if same else (ran.stderr.strip().splitlines() or ["differs"])[-1]
-    return dict(
-        name="same answers after reloading in a fresh process", passed=bool(same), detail=detail
-    )
+    return _gate(_SAME_ANSWERS, same, f"{len(texts)} texts" if same else error or "differs")
 
 # %% ../../nbs/optimize/51_candidates.ipynb #68926078
 def _label_order(model: Classifier, labels: Sequence[str]) -> dict:
     "Gate: the classes are those of the task, found by their names."
     same = sorted(model.labels) == sorted(labels)
-    return dict(name="labels by name", passed=same, detail=", ".join(map(str, model.labels)))
+    return _gate("labels by name", same, ", ".join(map(str, model.labels)))
+
+# %% ../../nbs/optimize/51_candidates.ipynb #7a1825df
+def _circumstances(seed: int, threads: int, budget: float, began: float) -> dict:
+    "Where and when a search ran, and how long; `began`: of time.perf_counter."
+    versions = {"ecomopt": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "openvino"):
+        try: versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: continue
+    return dict(
+        versions=versions, cpu=_cpu()[0], threads=threads, seed=seed,
+        date=datetime.date.today().isoformat(), seconds=time.perf_counter() - began,
+        budget_s=budget)

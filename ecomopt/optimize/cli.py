@@ -7,14 +7,13 @@ __all__ = ['app', 'Commands', 'main', 'assets']
 
 # %% ../../nbs/optimize/59_cli.ipynb #bf4222e2
 import csv
-import io
 import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ from typer.core import TyperGroup
 
 from .. import EcomoptError
 from ..core.assets import ASSETS, assets_table, cache_dir, fetch
-from ..core.checks import _first_line, _unknown
+from ..core.checks import _first_line
 
 # %% ../../nbs/optimize/59_cli.ipynb #567499f3
 class Commands(TyperGroup):
@@ -321,22 +320,17 @@ def _report(
     print(report(path, out))
 
 # %% ../../nbs/optimize/59_cli.ipynb #8a370f30
-def _check_column(column: str, columns: list[str]) -> None:
-    "Raise if a table has no column of texts."
-    if column not in columns: raise _unknown("column", column, columns, "the file; see --text")
-
-
 def _csv_rows(file: Any, column: str, usual: str = ",") -> Iterator[tuple[dict, str]]:
-    "Rows of a CSV stream and their texts; the header shows the delimiter."
-    from ecomopt.core.data import _delimiter
-    header = file.readline()
-    delimiter = _delimiter(io.StringIO(header), usual, [column], "the header")
-    reader = csv.DictReader(chain([header], file), delimiter=delimiter)
-    _check_column(column, reader.fieldnames or [])
-    for row in reader:
-        if None in row or None in row.values():
+    "Rows of a CSV file and their texts; the header shows the delimiter."
+    from ecomopt.core.data import _check_columns, _delimiter, _records
+    records = _records(file, _delimiter(file, usual, [column], "the file"), "the file")
+    _, header = next(records, (1, []))
+    _check_columns(header, [column], "the file; see --text")
+    for line, record in records:
+        row = dict(zip(header, record))
+        if len(record) != len(header):
             what = "The record has more or fewer fields than the header."
-            raise EcomoptError(what, f"line {reader.line_num}", "Put quotes around such a text.")
+            raise EcomoptError(what, f"line {line}", "Put quotes around such a text.")
         yield row, row[column]
 
 # %% ../../nbs/optimize/59_cli.ipynb #3cd3ebc1
@@ -344,11 +338,13 @@ def _parquet_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Rows of a Parquet file and their texts."
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
+
+    from ecomopt.core.data import _check_columns
     try: table = ParquetFile(file)
     except ArrowInvalid as error:
         what = f"The file cannot be read: {_first_line(error)}"
         raise EcomoptError(what, "the Parquet file", "Write it again.") from error
-    _check_column(column, table.schema_arrow.names)
+    _check_columns(table.schema_arrow.names, [column], "the file; see --text")
     for batch in table.iter_batches(1024):
         for row in batch.to_pylist(): yield row, "" if row[column] is None else str(row[column])
 

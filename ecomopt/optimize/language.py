@@ -7,16 +7,10 @@ __all__ = ['repetition', 'faithfulness', 'apply_language_steps', 'LanguageTrial'
 
 # %% ../../nbs/optimize/53_language.ipynb #cadaf09d
 import copy
-import datetime
-import importlib.metadata
 import inspect
 import json
 import math
-import platform
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,13 +22,14 @@ import pandas as pd
 import torch
 import yaml
 
-# %% ../../nbs/optimize/53_language.ipynb #6118de61
-from .. import EcomoptError, __version__
+from .. import EcomoptError
 from ..accelerate.precision import supports_precision
 from ..accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding
 from ..compress.quantize_llm import quantize_language_model
-from ..core.artifact import file_bytes, save
-from ..core.checks import _first_line, _text_rows, _unknown, _whole_number
+from ..core.artifact import file_bytes
+from ..core.checks import _text_rows, _unknown, _whole_number
+
+# %% ../../nbs/optimize/53_language.ipynb #6118de61
 from ecomopt.core.generate import (
     LanguageModel,
     _check_prompts,
@@ -44,10 +39,18 @@ from ecomopt.core.generate import (
     paired_perplexity,
     perplexity,
 )
-from ..core.hardware import _cpu
 from ..core.measure import _threads, interleave
-from .candidates import Goal, _check_goal, parse_budget
-from .report import model_card
+from ecomopt.optimize.candidates import (
+    _SAME_ANSWERS,
+    Goal,
+    _check_goal,
+    _circumstances,
+    _gate,
+    _in_fresh_process,
+    _why_failed,
+    parse_budget,
+)
+from .report import _save_reported
 from ..tune.constrained import pareto_front
 
 # %% ../../nbs/optimize/53_language.ipynb #51161c46
@@ -99,10 +102,6 @@ def faithfulness(
 # %% ../../nbs/optimize/53_language.ipynb #d3278708
 _MOST_WORSE = 0.1  # of repetition and faithfulness, against the original
 _LOOP = 0.3        # repetition of a single answer that loops
-
-
-def _gate(name: str, passed: bool, detail: str) -> dict:
-    return dict(name=name, passed=bool(passed), detail=detail)
 
 
 def _loops(answers: list[str]) -> int:
@@ -207,18 +206,13 @@ class LanguageTrial:
         return " → ".join(parts) or "original"
 
 # %% ../../nbs/optimize/53_language.ipynb #ea082dec
-def _over(trial: LanguageTrial, goal: Goal) -> dict[str, float]:
-    "The limits of cost that a trial breaks: the logarithm of the ratio."
-    ratios = {name: math.log(trial.costs[name] / limit) for name, limit in goal.limits.items()}
-    return {name: ratio for name, ratio in ratios.items() if ratio > 0}
-
-
 def _distance(trial: LanguageTrial, goal: Goal) -> tuple[int, float]:
     "Failed gates, and how far a trial is from the limits; zeros if it satisfies the goal."
     most = goal.max_perplexity
     excess = max(0.0, trial.quality["perplexity_change"] - most) / most
     failed = sum(not gate["passed"] for gate in trial.gates)
-    return failed, sum(_over(trial, goal).values()) + math.log1p(excess)
+    over = sum(map(math.log, goal.excess(trial.costs).values()))
+    return failed, over + math.log1p(excess)
 
 
 def _ranked(trials: list[LanguageTrial], goal: Goal) -> list[LanguageTrial]:
@@ -232,7 +226,7 @@ def _note_why(trial: LanguageTrial, goal: Goal) -> None:
     "Note why a trial is out."
     failed = [f"{g['name']}: {g['detail']}" for g in trial.gates if not g["passed"]]
     if failed: trial.status, trial.why = "gate", failed[0]
-    elif over := _over(trial, goal):
+    elif over := goal.excess(trial.costs):
         name = next(iter(over))
         trial.status = "cost"
         trial.why = f"{name} is {trial.costs[name]:.4g}, the limit {goal.limits[name]:.4g}"
@@ -252,17 +246,9 @@ def _reloads(
     lm: LanguageModel, prompts: list[str], answers: list[str], n: int, threads: int
 ) -> dict:
     "Gate: saved, and loaded in a fresh process, it gives the same answers."
-    with tempfile.TemporaryDirectory() as folder:
-        path, out = save(lm, f"{folder}/model"), Path(folder, "answers.json")
-        command = [sys.executable, "-c", _RELOAD, str(path), str(out)]
-        given = json.dumps([prompts, n, threads])
-        ran = subprocess.run(command, input=given, capture_output=True, text=True)
-        found = json.loads(out.read_text("utf8")) if ran.returncode == 0 else []
-    same = sum(a == b for a, b in zip(found, answers))
-    detail = f"{same} of {len(prompts)} answers"
-    if ran.returncode: detail = (ran.stderr.strip().splitlines() or ["it ended"])[-1]
-    name = "same answers after reloading in a fresh process"
-    return _gate(name, same == len(prompts), detail)
+    found, error = _in_fresh_process(lm, _RELOAD, [prompts, n, threads])
+    same = sum(a == b for a, b in zip(found or [], answers))
+    return _gate(_SAME_ANSWERS, same == len(prompts), error or f"{same} of {len(prompts)} answers")
 
 # %% ../../nbs/optimize/53_language.ipynb #1dc621d4
 class _Search:
@@ -306,11 +292,10 @@ class _Search:
         trial = LanguageTrial(len(self.trials), steps)
         start = time.perf_counter()
         try: self.measure(trial)
-        except Exception as error:  # also of a library that meets a model it does not know
+        except Exception as error:
             if not steps: raise
             trial.status = "failed"
-            is_ours = isinstance(error, EcomoptError)
-            trial.why = error.what if is_ours else f"{type(error).__name__}: {_first_line(error)}"
+            trial.why = _why_failed(error)
         trial.seconds = time.perf_counter() - start
         self.trials.append(trial)
         if self.on_trial: self.on_trial(trial)
@@ -413,23 +398,13 @@ class LanguageResult:
         path: str | Path,  # a new directory, or an artifact to be replaced
     ) -> Path:
         "Save the model with its recipe and everything that was measured."
-        card = {"README.md": model_card(self.data, Path(path).name)}
-        return save(self.model, path, self.recipe, [self.data], card)
+        return _save_reported(self.model, path, self.recipe, self.data)
 
 # %% ../../nbs/optimize/53_language.ipynb #ea5194e7
 _SAME = "Nothing is trained or random: apply_language_steps gives the same weights again"
 _NOT_SAME = ", but OpenVINO does not write its files byte for byte the same"
 _SHOWN = ("perplexity", "perplexity_interval", "repetition", "faithfulness", "perplexity_change",
           "perplexity_change_interval", "latency_ms", "tokens_per_s", "disk_bytes")
-
-
-def _versions() -> dict[str, str]:
-    "Of the packages that a result depends on."
-    versions = {"python": platform.python_version(), "ecomopt": __version__}
-    for name in ("torch", "transformers", "openvino"):
-        try: versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: continue
-    return versions
 
 # %% ../../nbs/optimize/53_language.ipynb #16ede1b9
 class _Findings:
@@ -529,9 +504,8 @@ class _Findings:
             batches=[], costs={}, **self.measured(),
             samples=[dict(zip(("prompt", "teacher", "winner"), one)) for one in samples],
             recipe=yaml.safe_dump({"steps": winner.steps}, sort_keys=False),
-            reproducible=f"{_SAME}{_NOT_SAME if is_converted else ''}.", versions=_versions(),
-            cpu=_cpu()[0], threads=search.threads, seed=search.seed, budget_s=search.budget,
-            date=datetime.date.today().isoformat(), seconds=time.perf_counter() - search.began,
+            reproducible=f"{_SAME}{_NOT_SAME if is_converted else ''}.",
+            **_circumstances(search.seed, search.threads, search.budget, search.began),
         )
 
 # %% ../../nbs/optimize/53_language.ipynb #9987732f

@@ -6,11 +6,9 @@
 __all__ = ['Trial', 'OptimizeResult', 'optimize']
 
 # %% ../../nbs/optimize/54_optimize.ipynb #cadaf09d
-import datetime
 import json
 import math
 import pickle
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,17 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-import transformers
 from joblib import Parallel, delayed
 
 # %% ../../nbs/optimize/54_optimize.ipynb #6118de61
-from .. import EcomoptError, __version__
-from ..core.artifact import file_bytes, save
+from .. import EcomoptError
+from ..core.artifact import file_bytes
 from ..core.checks import _whole_number
 from ..core.data import Task
 from ..core.generate import LanguageModel
-from ..core.hardware import describe_hardware
 from ecomopt.core.measure import (
     _predict,
     _threads,
@@ -48,6 +43,7 @@ from ecomopt.optimize.candidates import (
     Goal,
     RecipeSpace,
     _check_goal,
+    _circumstances,
     _label_order,
     _no_lost_class,
     _reloads,
@@ -63,7 +59,7 @@ from ecomopt.optimize.candidates import (
 )
 from .language import LanguageResult, optimize_language_model
 from .recipe import Recipe, StepContext
-from .report import model_card
+from .report import _save_reported
 from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ae66e0e9
@@ -135,6 +131,11 @@ class Trial:
         "The kinds of its steps."
         return " → ".join(name for step in self.steps for name in step) or "teacher"
 
+    @property
+    def loss(self) -> float:
+        "The drop that it counts with: the estimate, where there is one."
+        return self.drop if self.estimate is None else self.estimate
+
 # %% ../../nbs/optimize/54_optimize.ipynb #45dd7dda
 def _trained(
     student: Classifier, steps: list[dict], after: list[dict], context: StepContext
@@ -144,6 +145,11 @@ def _trained(
     student = apply_steps(student, steps, context)
     seconds = time.perf_counter() - start
     return student, apply_steps(student, after, context), seconds
+
+
+def _cost_key(steps: list[dict]) -> str:
+    "Equal for recipes of equal costs: how they are trained makes no difference."
+    return str(_untrained(steps))
 
 # %% ../../nbs/optimize/54_optimize.ipynb #1dc621d4
 class _Search:
@@ -181,7 +187,7 @@ class _Search:
 
     def known_costs(self, steps: list[dict]) -> dict[str, float] | None:
         "Costs of a recipe, if one with the same steps but for its trainings was measured."
-        return self.known.get(str(_untrained(steps)))
+        return self.known.get(_cost_key(steps))
 
     def costs(self, model: Classifier, *effort: int) -> dict[str, float]:
         "Latency, throughput and bytes of a model; `effort`: rounds, and texts one by one."
@@ -266,28 +272,30 @@ class _Search:
     def build(self, candidate: Candidate) -> Classifier:
         "Build a candidate untrained, and note what models of such steps cost."
         model = build_untrained(candidate.what, self.context)
-        self.known[str(_untrained(candidate.what))] = self.costs(model, 3, 10)
+        self.known[_cost_key(candidate.what)] = self.costs(model, 3, 10)
         return model
 
     def train(self, batch: list[tuple[Candidate, float]], complete: bool = False) -> bool:
         "Train candidates further, up to a fraction of the texts; complete those on all of them."
-        jobs = []
+        jobs, complete_now = [], []
         for candidate, fraction in batch:
             before, after = _split(candidate.what)
             done, student = self.students.get(id(candidate), (0, self.context.teacher))
             parts = rung(before, fraction, _RUNGS)
             last = after if complete or fraction == 1 else []
             jobs.append((student, parts[done:], last, self.context))
+            complete_now.append(last == after)
             self.students[id(candidate)] = len(parts), student
         start = time.perf_counter()
         made = Parallel(n_jobs=self.n_jobs)(delayed(_attempted)(*job) for job in jobs)
         seconds = (time.perf_counter() - start) / max(1, len(batch))
-        for (candidate, fraction), result in zip(batch, made):
-            self.note(candidate, fraction, result, seconds, complete)
+        for (candidate, fraction), result, is_complete in zip(batch, made, complete_now):
+            self.note(candidate, fraction, result, seconds, is_complete)
         return bool(batch)
 
     def note(
-        self, candidate: Candidate, fraction: float, result: tuple, seconds: float, complete: bool
+        self, candidate: Candidate, fraction: float, result: tuple, seconds: float,
+        is_complete: bool,
     ) -> None:
         "Note what a training brought."
         trial, before = self.trials[id(candidate)], candidate.fraction
@@ -298,7 +306,7 @@ class _Search:
             n_texts = self.n_texts(candidate.what, before, fraction)
             self.spent.append((max(1.0, n_texts), result[2]))
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
-            trial.is_complete = complete or fraction == 1 or not _split(candidate.what)[1]
+            trial.is_complete = is_complete
             self.judge(candidate, trial, fraction, result[1])
         if self.on_trial: self.on_trial(trial)
 
@@ -332,7 +340,7 @@ class _Search:
         trial.costs = {
             name: float(np.median([one[name] for one in trial.measured])) for name in costs
         }
-        self.known[str(_untrained(candidate.what))] = trial.costs
+        self.known[_cost_key(candidate.what)] = trial.costs
         if self.search.tell_costs(candidate, trial.costs): return False
         trial.status, trial.why = "cost", candidate.out
         return True
@@ -394,10 +402,9 @@ class _Search:
 
     def distance(self, trial: Trial) -> float:
         "How far a trial is from the goal: the sum of log ratios to the limits, and of drops."
-        over = [np.log(trial.costs[name] / limit) for name, limit in self.goal.limits.items()]
-        lost = trial.drop if trial.estimate is None else trial.estimate
-        drop = max(0.0, lost - self.goal.max_drop) / self.goal.max_drop
-        return float(sum(max(0.0, one) for one in over) + np.log1p(drop) + (trial.status == "gate"))
+        over = sum(map(math.log, self.goal.excess(trial.costs).values()))
+        drop = max(0.0, trial.loss - self.goal.max_drop) / self.goal.max_drop
+        return over + math.log1p(drop) + (trial.status == "gate")
 
 # %% ../../nbs/optimize/54_optimize.ipynb #109a8d0f
 def _attempted(*job) -> tuple | str:
@@ -506,11 +513,10 @@ def _cost_range(search: _Search) -> dict:
 # %% ../../nbs/optimize/54_optimize.ipynb #d9fa7122
 def _distance_words(goal: Goal, trial: Trial) -> str:
     "How far a trial is from a goal."
-    drop = trial.drop if trial.estimate is None else trial.estimate
-    parts = [f"has {trial.costs[name] / limit:.3g} times the {name} of the limit"
-             for name, limit in goal.limits.items() if trial.costs[name] > limit]
-    if drop > goal.max_drop:
-        parts.append(f"loses {100 * drop:.1f} points on the valid split, by the estimate")
+    over = goal.excess(trial.costs)
+    parts = [f"has {ratio:.3g} times the {name} of the limit" for name, ratio in over.items()]
+    if trial.loss > goal.max_drop:
+        parts.append(f"loses {100 * trial.loss:.1f} points on the valid split, by the estimate")
     if trial.status == "gate": parts.append(f"fails a gate ({trial.why})")
     return " and ".join(parts) or "fails a gate"
 
@@ -580,8 +586,7 @@ class OptimizeResult:
         path: str | Path,  # a new directory, or an artifact to be replaced
     ) -> Path:
         "Save the model with its recipe and everything that was measured."
-        card = {"README.md": model_card(self.data, Path(path).name)}
-        return save(self.model, path, self.recipe.to_list(), [self.data], card)
+        return _save_reported(self.model, path, self.recipe.to_list(), self.data)
 
 # %% ../../nbs/optimize/54_optimize.ipynb #d470ff8f
 def _sizes(task: Task, teacher: Classifier) -> dict:
@@ -645,17 +650,6 @@ _SAME = (
     "training has its seed, and finished ones are found in the cache."
 )
 
-
-def _conditions(search: _Search) -> dict:
-    "Where and how long."
-    versions = {"ecomopt": __version__, "torch": torch.__version__}
-    versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    return dict(
-        versions=versions, cpu=describe_hardware().cpu, threads=search.threads,
-        seed=search.context.seed, date=datetime.date.today().isoformat(),
-        seconds=time.perf_counter() - search.began, budget_s=search.budget, reproducible=_SAME,
-    )
-
 # %% ../../nbs/optimize/54_optimize.ipynb #a4e192f8
 def _finished(search: _Search) -> OptimizeResult:
     "Choose, test once, and write all of it down."
@@ -668,8 +662,10 @@ def _finished(search: _Search) -> OptimizeResult:
         goal=asdict(search.goal), task=_sizes(search.task, search.context.teacher),
         trials=_trial_rows(search, trial), costs=_cost_range(search), left_out=search.left_out,
         steps=_step_gains(search, trial), gates=gates, recipe=recipe.to_yaml(), samples=[],
+        reproducible=_SAME,
+        **_circumstances(search.context.seed, search.threads, search.budget, search.began),
     )
-    data = json.loads(json.dumps(data | _conditions(search)))
+    data = json.loads(json.dumps(data))
     return OptimizeResult(trial.model, feasible, verdict, recipe, data)
 
 # %% ../../nbs/optimize/54_optimize.ipynb #aae39813
@@ -696,11 +692,11 @@ def optimize(
     on_trial: Callable[[Trial], None] | None = None,  # called with each finished trial
 ) -> OptimizeResult | LanguageResult:
     "Search for the recipe that makes the cheapest model that keeps the goal."
-    _check_goal(goal)
     if isinstance(task, (list, tuple)):
         given = task, model or "smollm2", goal, budget, None, seed, threads
         return optimize_language_model(*given, on_trial=on_trial)
     _check_task(task)
+    _check_goal(goal)
     seconds = parse_budget(budget)
     n_jobs = _whole_number(n_jobs, "n_jobs")
     with _threads(_whole_number(threads, "threads")):

@@ -16,7 +16,7 @@ import yaml
 
 # %% ../../nbs/optimize/52_report.ipynb #6118de61
 from .. import EcomoptError
-from ..core.artifact import _find, _manifest
+from ..core.artifact import _find, _manifest, save
 from ..core.assets import _user_path, _write_error
 from ecomopt.optimize.page import (
     _MARKER,
@@ -388,7 +388,7 @@ def _models(data: dict) -> list[dict]:
 _SHOWN = """◆ winner, ■ teacher, ● on the Pareto front of quality, latency and bytes together,
 ○ other trials; a tick on the lower edge was dropped before its quality was measured. Best is the
 upper left corner, and the goal is the shaded area. Point at a mark, or press Tab, to see its name.
-Measured on"""
+Measured on {}."""
 
 
 def _trial_row(trial: dict, sign: int) -> list[str]:
@@ -416,8 +416,8 @@ def _search_section(data: dict) -> list:
     axes = [Axis("latency_ms", "latency of one text, ms (log scale)", 1, goal["max_latency_ms"]),
             Axis("disk_bytes", "files on disk, MB (log scale)", 1e6, goal["max_bytes"])]
     shown = [axis for axis in axes if any(model[axis.key] for model in models)]
-    where = "the validation split." if y.sign < 0 else "the texts of the search."
-    words = " ".join([*_SHOWN.split(), where])
+    where = "the validation split" if y.sign < 0 else "the texts of the search"
+    words = " ".join(_SHOWN.format(where).split())
     figure = Figure([pareto_panel(models, axis, y) for axis in shown], words)
     change, rate = ("points", "sentences/s") if y.sign < 0 else ("%", "tokens/s")
     columns = ["trial", "steps", "options", "result", "texts", f"change, {change}", "latency", rate,
@@ -613,6 +613,11 @@ def model_card(
 ) -> str:                 # Markdown under metadata
     "Write the report of an optimization as a Hugging Face model card."
     return _made(_model_card, data, name)
+
+
+def _save_reported(model: object, path: str | Path, steps: list[dict], data: dict) -> Path:
+    "Save a model with its recipe, the data of its report, and its model card."
+    return save(model, path, steps, [data], {"README.md": model_card(data, Path(path).name)})
 
 # %% ../../nbs/optimize/52_report.ipynb #d29a5477
 def _data_of(folder: Path) -> dict:
