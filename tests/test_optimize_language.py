@@ -79,25 +79,26 @@ def test_faithfulness_counts_whole_words():
     with pytest.raises(EcomoptError, match="1 prompts and 2 answers"): faithfulness(["a"], ["b", "c"])
 
 
-@pytest.mark.parametrize("answers, failed", [
-    ([GOOD], set()), ([LOOP], {"repetition", "loops", "faithfulness"}), (["It is a nice thing."], {"faithfulness"}),
-    (["Trailhead Nordkap 750 24 " * 9], {"repetition", "loops"}), ([" "], {"no empty answers", "faithfulness"}),
+@pytest.mark.parametrize("answer, failed", [
+    (GOOD, set()), (LOOP, {"repetition", "loops", "faithfulness"}), ("It is a nice thing.", {"faithfulness"}),
+    ("Trailhead Nordkap 750 24 " * 9, {"repetition", "loops"}), (" ", {"no empty answers", "faithfulness"}),
 ])
-def test_gates_stop_loops_lost_facts_and_silence(answers, failed):
-    gates = _answer_gates([REQUEST], answers, [GOOD])
+def test_gates_stop_loops_lost_facts_and_silence(answer, failed):
+    gates = _answer_gates([REQUEST] * 3, [answer] * 3, [GOOD] * 3)
     assert {gate["name"] for gate in gates if not gate["passed"]} == failed
 
 
-def test_one_loop_among_few_answers_fails_though_the_average_is_low():
-    """As a real int8 model did: the pooled repetition rose by 0.08 only."""
+def test_loops_in_more_than_one_of_ten_answers_fail_though_the_average_is_low():
+    """One is chance: of 24 answers of SmolLM2, 2 loop in float32 and in bfloat16, 3 in 8 and in 4 bits."""
     loop = "BODY: 750 ml, 24-hour bottle, 750 ml, 24-hour bottle, 750 ml, 24-"
     def failed(answers, original):
         prompts = ["a mug"] * len(answers)
         return {gate["name"] for gate in _answer_gates(prompts, answers, original) if not gate["passed"]}
-    assert failed([loop] + [GOOD] * 5, [GOOD] * 6) == {"loops"}
-    assert failed([loop] + [GOOD] * 19, [GOOD] * 20) == set()  # one in twenty may be chance
-    assert failed([loop] * 2 + [GOOD] * 18, [GOOD] * 20) == {"loops"}
-    assert failed([loop] + [GOOD] * 5, [GOOD] * 5 + [loop]) == set()
+    assert failed([loop] + [GOOD] * 7, [GOOD] * 8) == set()
+    assert failed([loop] * 2 + [GOOD] * 11, [GOOD] * 13) == {"loops"}
+    assert failed([loop] * 2 + [GOOD] * 18, [GOOD] * 20) == set()
+    assert failed([loop] * 3 + [GOOD] * 21, [GOOD] * 24) == {"loops"}
+    assert failed([loop] * 2 + [GOOD] * 11, [GOOD] * 12 + [loop]) == set()
 
 
 def test_gates_are_relative_to_the_original():

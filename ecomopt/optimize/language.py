@@ -110,10 +110,10 @@ def _loops(answers: list[str]) -> int:
 
 
 def _loop_gate(answers: list[str], original: list[str]) -> dict:
-    "Gate: hardly any answer loops where the original's do not; one loop is lost in an average."
+    "Gate: of ten answers, at most one more loops than of the original's; an average hides loops."
     now, was = _loops(answers), _loops(original)
     words = f"{now} of {len(answers)} answers, the original {was}"
-    return _gate("loops", now <= was + len(answers) // 20, words)
+    return _gate("loops", now <= was + max(1, len(answers) // 10), words)
 
 # %% ../../nbs/optimize/53_language.ipynb #044dbec8
 def _answer_gates(prompts: list[str], answers: list[str], original: list[str]) -> list[dict]:

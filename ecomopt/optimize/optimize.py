@@ -128,8 +128,10 @@ class Trial:
 
     @property
     def name(self) -> str:
-        "The kinds of its steps."
-        return " → ".join(name for step in self.steps for name in step) or "teacher"
+        "Its steps, with options that are words, such as a runtime."
+        def named(name, options): return [name, *(o for o in options.values() if isinstance(o, str))]
+        parts = [named(*pair) for step in self.steps for pair in step.items()]
+        return " → ".join(map(" ".join, parts)) or "teacher"
 
     @property
     def loss(self) -> float:
@@ -529,7 +531,8 @@ def _reason(search: _Search, trial: Trial, feasible: bool) -> str:
     if feasible and not trial.steps:
         return f"None {of} keeps the goal with lower {what}: this is the teacher itself."
     if feasible:
-        limit = f"at most {100 * goal.max_drop:g} points of drop, as estimated on the valid split"
+        points = f"{100 * goal.max_drop:g} point{'' if goal.max_drop == 0.01 else 's'}"
+        limit = f"at most {points} of drop, as estimated on the valid split"
         return f"It has the lowest {what} {of} among those with {limit}, and passes all gates."
     return f"None {of} satisfies the goal. The closest {_distance_words(goal, trial)}."
 
