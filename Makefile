@@ -4,7 +4,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS  := dev,runtimes,serve
-ASSETS  := minilm smollm2 reviews reviews_zh
+ASSETS  := minilm minilm-l3 smollm2 reviews reviews_zh food retail lenses
 READY   := $(VENV)/.ready
 
 export PIP_ROOT_USER_ACTION := ignore

@@ -215,7 +215,7 @@ def test_the_assets_are_pinned_and_credited():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ASSETS)
+@pytest.mark.parametrize("name", sorted(ASSETS.keys() - {"mpnet"}))  # 404 MB
 def test_fetch_gives_the_listed_files(name):
     folder = fetch(name)
     assert {file.name: file.stat().st_size for file in folder.iterdir()} == {

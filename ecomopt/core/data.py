@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, Features, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Features, Value, fingerprint
 from scipy.sparse import coo_array, csgraph
 from sklearn import base, metrics
 
 from .. import EcomoptError
 from . import checks
-from .assets import _user_path, fetch
+from .assets import ASSETS, _user_path, fetch
+from .tables import read_pickled_texts
 
 # %% ../../nbs/core/11_data.ipynb #e3718f27
 _SPLITS = ("train", "valid", "test", "transfer")
@@ -49,6 +49,12 @@ def normalize(
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
     return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+assert normalize("Great  Player.\n") == normalize("great player.")
+assert normalize("STRASSE") == normalize("straße")
+assert normalize("caf\u00e9") == normalize("Cafe\u0301") == normalize("caf&eacute;")
+assert normalize("bat\u00adtery\u200b") == normalize("battery") and normalize("5\u00a0★") == "5 ★"
 
 # %% ../../nbs/core/11_data.ipynb #26d98d5d
 def connected_components(
@@ -296,6 +302,24 @@ class Task:
             added[name] = part.select(new)
         return replace(self, tests=self.tests | added)
 
+    def with_transfer(
+        self,
+        texts: Sequence[str],  # without labels; of the shop, or like its texts
+        domain: str = "more",  # what they are, for people
+    ) -> "Task":
+        "The task with more transfer text, each text once; copies of held-out texts are an error."
+        rows = checks._text_rows(texts)
+        held_out = [self.valid, self.test, *self.tests.values()]
+        unseen = {normalize(row) for part in held_out for row in part["text"]}
+        copies = sum(normalize(row) in unseen for row in rows)
+        if copies:
+            what = f"{copies} of {len(rows)} texts are copies of validation or test texts."
+            raise EcomoptError(what, "Task.with_transfer", "Remove them from the transfer text.")
+        known = {normalize(row) for part in (self.train, self.transfer) for row in part["text"]}
+        new = _new_texts(pd.DataFrame({"text": rows, "domain": domain}), known)
+        pool = pd.concat([self.transfer.to_pandas(), new])
+        return replace(self, transfer=Dataset.from_pandas(pool, _UNLABELLED, preserve_index=False))
+
     def _read_test(self, path: str | Path, text: str, label: str) -> Dataset:
         "A file as a test set: its labels are the task's classes."
         columns, path = _columns(text, label, None), _user_path(path)
@@ -336,7 +360,8 @@ class Task:
         "A hash of everything a result can depend on: the labels, the metric and all rows."
         rows = {split: getattr(self, split).to_dict() for split in _SPLITS}
         if self.tests: rows["tests"] = {name: part.to_dict() for name, part in self.tests.items()}
-        metric = self.metric if isinstance(self.metric, str) else Hasher.hash(self.metric)
+        metric = self.metric
+        if not isinstance(metric, str): metric = fingerprint.Hasher.hash(metric)
         content = json.dumps([self.labels, metric, rows])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -692,12 +717,16 @@ def _read_ratings(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, names=list(columns), dtype=columns, **options)
 
 
+def _new_texts(rows: pd.DataFrame, known: set[str]) -> pd.DataFrame:
+    "Rows whose text is there once, is not empty, and is none of the known, normalized texts."
+    same = rows.text.map(normalize)
+    return rows[~same.duplicated() & ~same.isin(known) & (same != "")]
+
+
 def _transfer(tables: dict[str, pd.DataFrame], known: pd.Series) -> Dataset:
     "The texts of each domain, once each and none of the known ones."
     tables = [table[["text"]].assign(domain=domain) for domain, table in tables.items()]
-    pool = pd.concat(tables)
-    same = pool.text.map(normalize)
-    pool = pool[~same.duplicated() & ~same.isin(set(known.map(normalize))) & (same != "")]
+    pool = _new_texts(pd.concat(tables), set(known.map(normalize)))
     return Dataset.from_pandas(pool, _UNLABELLED, preserve_index=False)
 
 # %% ../../nbs/core/11_data.ipynb #97e79378
@@ -730,16 +759,46 @@ def _reviews_zh(seed: int) -> Task:
     rows = rows[~rows.same.duplicated(keep=False)].assign(group=lambda kept: kept.index.astype(str))
     return _task("reviews_zh", rows, valid=0.1, test=0.2, seed=seed, where=str(folder))
 
+# %% ../../nbs/core/11_data.ipynb #69c2e7d7
+def _food(seed: int) -> Task:
+    "Food reviews of five stars (great) or fewer (other), each text once, split by product."
+    files = [fetch("food") / name for name in ASSETS["food"].files]
+    columns = {"product": "group", "review": "text", "score": "label"}
+    parts = [read_pickled_texts(file.read_bytes(), list(columns)) for file in files]
+    rows = pd.concat(parts, ignore_index=True).replace("<br />", " ", regex=True)
+    return _task("food", _new_texts(rows.rename(columns=columns), set()), 0.1, 0.2, seed, "food")
 
-_TASKS = {"reviews": _reviews, "reviews_zh": _reviews_zh}
+
+def _sentences(names: Sequence[str], known: set[str]) -> dict[str, Dataset]:
+    "Labelled sentences of other sources, each once, without those that are known."
+    rows, folder = [], fetch("sentences")
+    for name in names:
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        rows += [(row["text"].strip(), row["class"], name) for row in content]
+    new = _new_texts(pd.DataFrame(rows, columns=list(_LABELLED)), known)
+    return {name: Dataset.from_pandas(new[new.group == name], _LABELLED, preserve_index=False)
+            for name in names}
+
+# %% ../../nbs/core/11_data.ipynb #9c6dc17a
+_TASKS = {"reviews": _reviews, "reviews_zh": _reviews_zh, "food": _food}
+_MORE_TESTS = {"reviews": ("amazon", "yelp", "imdb")}
 
 
 def load_task(
-    name: str,      # "reviews" or "reviews_zh"
+    name: str,      # "reviews", "reviews_zh" or "food"
     seed: int = 0,  # another seed, another split
+    tests: Sequence[str] = (),  # more test sets; of "reviews": "amazon", "yelp", "imdb"
 ) -> Task:
     "Load a task of this book; its data is fetched the first time."
     if not isinstance(name, str) or name not in _TASKS:
         do = "Take one of these, or read your own file with Task.from_csv(path, text=…, label=…)."
         raise EcomoptError(f"There is no task {name!r}.", f"the tasks: {', '.join(_TASKS)}", do)
-    return _TASKS[name](seed)
+    for test in tests:
+        there = _MORE_TESTS.get(name, ())
+        if test not in there: raise checks._unknown("test set", test, there, f"task {name!r}")
+    task = _TASKS[name](seed)
+    known = {normalize(text) for part in task._parts().values() for text in part["text"]}
+    try: return task.with_tests(**_sentences(tests, known))
+    except EcomoptError as error:
+        warnings.warn(f"{', '.join(tests)}: left out. {error.what}", stacklevel=2)
+        return task

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from . import pretrained
 from .assets import ASSETS, _user_path, cache_dir, cached, fetch
 from .checks import _first_line, _positive_number, _text_rows, _unknown, _whole_number
 from .data import Task
+from .onnx_weights import write_checkpoint
 
 # %% ../../nbs/core/12_train.ipynb #7dcde563
 @dataclass
@@ -94,16 +96,25 @@ def _check_classifier(classifier: object, argument: str) -> None:
     do = "Pass what load_model, finetune or ecomopt.load(path) returned."
     raise EcomoptError(what, f"argument {argument}", do)
 
-# %% ../../nbs/core/12_train.ipynb #00ad1ed7
+
 def _known_models() -> list[str]:
     "The assets that are models."
     return [name for name, asset in ASSETS.items() if asset.kind == "model"]
 
 
+def _asset_path(name: str) -> Path:
+    "The folder of an asset; of one that is an ONNX graph, a checkpoint is made once."
+    folder = fetch(name)
+    graph = next(folder.glob("*.onnx"), None)
+    if graph is None: return folder
+    key = {"name": name, "graph": ASSETS[name].sha256}
+    return cached("checkpoint", key, partial(write_checkpoint, graph, fetch("minilm")))
+
+# %% ../../nbs/core/12_train.ipynb #00ad1ed7
 def _model_path(name: str | Path) -> str | Path:
     "Where to look for a model: an asset, a directory, or a hub id."
     models = _known_models()
-    if name in models: return fetch(name)
+    if name in models: return _asset_path(name)
     if isinstance(name, str) and not name.startswith((".", "/", "~")):
         near = difflib.get_close_matches(name, models, n=1, cutoff=0.75)
         if not near or Path(name).is_dir(): return name
@@ -261,7 +272,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import partial
 
 import torch.distributed as dist
 from torch.nn import functional as F
