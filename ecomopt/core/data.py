@@ -771,11 +771,10 @@ def _food(seed: int) -> Task:
 
 def _sentences(names: Sequence[str], known: set[str]) -> dict[str, Dataset]:
     "Labelled sentences of other sources, each once, without those that are known."
-    rows, folder = [], fetch("sentences")
-    for name in names:
-        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        rows += [(row["text"].strip(), row["class"], name) for row in content]
-    new = _new_texts(pd.DataFrame(rows, columns=list(_LABELLED)), known)
+    folder = fetch("sentences")
+    rows = pd.concat([pd.read_json(folder / f"{name}.json").assign(group=name) for name in names])
+    rows = rows.rename(columns={"class": "label"}).assign(text=rows.text.str.strip())
+    new = _new_texts(rows, known)[list(_LABELLED)]
     return {name: Dataset.from_pandas(new[new.group == name], _LABELLED, preserve_index=False)
             for name in names}
 
@@ -797,6 +796,7 @@ def load_task(
         there = _MORE_TESTS.get(name, ())
         if test not in there: raise checks._unknown("test set", test, there, f"task {name!r}")
     task = _TASKS[name](seed)
+    if not tests: return task
     known = {normalize(text) for part in task._parts().values() for text in part["text"]}
     try: return task.with_tests(**_sentences(tests, known))
     except EcomoptError as error:
