@@ -717,12 +717,6 @@ def _read_ratings(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, names=list(columns), dtype=columns, **options)
 
 
-def _new_texts(rows: pd.DataFrame, known: set[str]) -> pd.DataFrame:
-    "Rows whose text is there once, is not empty, and is none of the known, normalized texts."
-    same = rows.text.map(normalize)
-    return rows[~same.duplicated() & ~same.isin(known) & (same != "")]
-
-
 def _transfer(tables: dict[str, pd.DataFrame], known: pd.Series) -> Dataset:
     "The texts of each domain, once each and none of the known ones."
     tables = [table[["text"]].assign(domain=domain) for domain, table in tables.items()]
@@ -747,6 +741,12 @@ def _reviews(seed: int) -> Task:
     return replace(task, transfer=_transfer(tables, known=rows.text))
 
 # %% ../../nbs/core/11_data.ipynb #519f35a3
+def _new_texts(rows: pd.DataFrame, known: set[str]) -> pd.DataFrame:
+    "Rows whose text is there once, is not empty, and is none of the known, normalized texts."
+    same = rows.text.map(normalize)
+    return rows[~same.duplicated() & ~same.isin(known) & (same != "")]
+
+
 def _reviews_zh(seed: int) -> Task:
     "Chinese shopping reviews, each once, without those that have both labels."
     folder, rows = fetch("reviews_zh"), []
