@@ -9,6 +9,7 @@ __all__ = ['distillation_loss', 'hidden_loss', 'attention_loss', 'DistillationTr
 # %% ../../nbs/compress/20_distill.ipynb #62214716
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -155,10 +156,13 @@ class DistillationTrainer(Trainer):
         hidden: float = 0.0,                           # weight of `hidden_loss`, equation (5)
         cosine: float = 0.0,                           # weight of its cosine, equation (6)
         attention: float = 0.0,                        # weight of `attention_loss`, equation (7)
-        **others,                                      # as `Trainer`
+        **others,                                      # as `Trainer`; tokenizer as its old name
     ):
         weights = dict(hidden=hidden, cosine=cosine, attention=attention)
         _check_loss(temperature, alpha, **weights)
+        if "tokenizer" in others:
+            warnings.warn("tokenizer is named processing_class since transformers 5", stacklevel=2)
+            others["processing_class"] = others.pop("tokenizer")
         super().__init__(*args, **others)
         _check_teacher(teacher_model, self.model, self.train_dataset, any(weights.values()))
         self.temperature, self.alpha, self.reverse = temperature, alpha, reverse
