@@ -183,8 +183,15 @@ def test_a_table_of_our_own_and_a_missing_column(tmp_path):
 def normalized(*parts) -> set[str]: return {normalize(text) for part in parts for text in part["text"]}
 
 
+@pytest.fixture
+def sentences():
+    """The test sets that come from npm, where it can be reached."""
+    try: return fetch("sentences")
+    except EcomoptError as error: pytest.skip(error.what)
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_no_new_text_is_in_a_split_of_reviews(seed):
+def test_no_new_text_is_in_a_split_of_reviews(sentences, seed):
     task = load_task("reviews", seed, tests=("amazon", "yelp", "imdb"))
     assert {name: len(part) > 950 for name, part in task.tests.items()} == dict(amazon=True, yelp=True, imdb=True)
     tests = [normalized(part) for part in task.tests.values()]
