@@ -35,7 +35,7 @@ def quickstart() -> list:
 def code() -> str:
     "The lines of the quickstart that a reader types: its cells tagged `readme`."
     lines = "\n".join(cell.source for cell in quickstart() if "readme" in cell.metadata.get("tags", []))
-    return f"```python\n{lines}\n```"
+    return "```python\n" + re.sub(r"^#\|.*\n", "", lines, flags=re.M) + "\n```"
 
 
 def outputs(kind: str) -> list[str]:
