@@ -1,4 +1,5 @@
 // What a page must not have, as lists of what was found; `test_site.py` runs this in the page.
+document.head.append(Object.assign(document.createElement('style'), { textContent: '* { transition: none !important; }' }));
 window.page = {
   images: () => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99)),
 

@@ -216,7 +216,8 @@ def test_page(site, browser, page):
     found["phone"] = browser.execute_script("return page.wide()")
     seen(browser, width=718, media="print")
     found["paper"] = browser.execute_script("return page.wide(true)")
-    assert {check: what for check, what in found.items() if what} == {}
+    said = [f"{check}: {one}" for check, what in found.items() for one in what]
+    assert not said, "\n" + "\n".join(said)
 
 
 def broken(folder: Path, address: str, links: list[str]) -> list[str]:

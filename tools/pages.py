@@ -172,7 +172,8 @@ def chapter_title(notebook: Path) -> str:
 
 def api_index(found: dict[str, Path]) -> str:
     "The first page of the reference: names of the top level, and the modules."
-    names = "\n".join(f"| [`{name}`]({api_page(home).relative_to('api')}#{name}) | `ecomopt.{home}` |"
+    defined = {public: name for name in found for public in imported(name).__all__}
+    names = "\n".join(f"| [`{name}`]({api_page(defined[name]).relative_to('api')}#{name}) | `ecomopt.{home}` |"
                       for name, home in sorted(homes().items(), key=lambda pair: pair[0].lower()))
     rows = "\n".join(f"| [`{imported(name).__name__}`]({api_page(name).relative_to('api')}) | "
                      f"{(imported(name).__doc__ or '').strip()} |" for name in found)

@@ -104,10 +104,10 @@ class references(Processor):
     def cell(self, cell):
         if not getattr(cell, "has_sd", False): return
         name = re.fullmatch(r"show_doc\((.+)\)", cell.source)[1]
-        link = f"[`{name}` in the API reference]({self.api}#{name})"
-        table = pages.arguments(self.module, name)
-        body = folded(f"{name}: arguments", f"{table}\n\n{link}") if table else link
-        cell.update(cell_type="markdown", source=f'<div id="def-{name}">\n\n{body}\n\n</div>\n')
+        table, public = pages.arguments(self.module, name), name.partition(".")[0] in self.module.__all__
+        body = [table] * bool(table) + [f"[`{name}` in the API reference]({self.api}#{name})"] * public
+        text = folded(f"{name}: arguments", "\n\n".join(body)) if table else "".join(body)
+        cell.update(cell_type="markdown", source=f'<div id="def-{name}">\n\n{text}\n\n</div>\n' if text else None)
 
 
 class title(Processor):
