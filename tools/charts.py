@@ -4,7 +4,7 @@ from math import log2
 
 import numpy as np
 
-OURS, OTHERS = "#1765ad", "#8a8f98"
+OURS, OTHERS = "#1765ad", "#6b7078"
 
 
 def number(value: float) -> str:
@@ -36,7 +36,7 @@ def alt(rows: list[tuple[str, float, bool]], unit: str) -> str:
 
 # ---------------------------------------------------------------- the trade-off
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 62, 20, 18, 52
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 330, 62, 20, 14, 52
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -54,8 +54,8 @@ def tradeoff(points: list[dict]) -> str:
     title = "Accuracy against latency of one text: " + "; ".join(
         f"{p['name']} {p['accuracy']:.1%}, {number(p['latency'])} ms, {number(p['bytes'] / 1e6)} MB" for p in points)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        'font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="16">',
         f'<title>{escape(title)}</title><rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#fff"/>',
     ]
     for tick in (t / 100 for t in range(0, 101)):
@@ -67,15 +67,18 @@ def tradeoff(points: list[dict]) -> str:
             parts += [f'<path d="M{x(tick):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e3e5e8"/>',
                       f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" fill="#444">'
                       f'{tick:g} ms</text>']
-    parts += [f'<text x="{LEFT}" y="{HEIGHT - 10}" fill="#444">faster ← latency of one text (log scale); '
-              'upwards: accuracy; area: bytes on disk</text>']
+    parts += [f'<text x="{LEFT}" y="{HEIGHT - 10}" fill="#444">'
+              '← faster: latency of one text (log scale). Area: bytes on disk</text>']
     for cx, cy, r, p in marks:
         color = OURS if p["ours"] else OTHERS
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{r:.1f}" fill="{color}" fill-opacity=".55"/>')
     taken: list[Box] = [(cx - r, cy - r, cx + r, cy + r) for cx, cy, r, _ in marks]
     for cx, cy, r, p in marks:
-        box = free(cx, cy, r, 7.6 * len(p["name"]), taken)
+        box = free(cx, cy, r, (9.9 if p["ours"] else 9.1) * len(p["name"]), taken)
         taken.append(box)
+        tip = min(max(cx, box[0]), box[2]), box[1] if box[1] > cy else box[3]
+        if abs(tip[1] - cy) > r + 8:
+            parts.append(f'<path d="M{cx:.1f} {cy:.1f}L{tip[0]:.1f} {tip[1]:.1f}" stroke="#888"/>')
         style = f'fill="{OURS}" font-weight="bold"' if p["ours"] else 'fill="#444"'
         parts.append(f'<text x="{box[0]:.1f}" y="{box[3] - 4:.1f}" {style}>{escape(p["name"])}</text>')
     return "\n".join(parts) + "\n</svg>\n"
@@ -84,9 +87,9 @@ def tradeoff(points: list[dict]) -> str:
 def free(cx: float, cy: float, r: float, wide: float, taken: list[Box]) -> Box:
     "Where a label beside a marker covers least: above, below, to the right or to the left, near or farther off."
     places = [(cx + dx, cy + dy) for far in (3, 18, 34) for dx, dy in (
-        (-wide / 2, -r - far - 17), (-wide / 2, r + far), (r + far, -8), (-r - far - wide, -8))]
+        (-wide / 2, -r - far - 19), (-wide / 2, r + far), (r + far, -8), (-r - far - wide, -8))]
     places = [(min(max(left, LEFT), WIDTH - RIGHT - wide), above) for left, above in places]
-    boxes = [(left, above, left + wide, above + 17) for left, above in places if TOP <= above <= HEIGHT - BOTTOM - 17]
+    boxes = [(left, above, left + wide, above + 19) for left, above in places if TOP <= above <= HEIGHT - BOTTOM - 19]
     return min(boxes, key=lambda box: sum(overlap(box, other) for other in taken))
 
 

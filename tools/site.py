@@ -127,7 +127,7 @@ class executed(Processor):
 
     def begin(self):
         ran = self.nb.metadata.get("ecomopt")
-        if not ran: return
+        if not ran or all(cell.cell_type != "code" for cell in self.nb.cells): return
         versions = ", ".join(f"{name} {number}" for name, number in ran["versions"].items())
         text = f"Executed {ran['date']} in {duration(ran['seconds'])} min on {ran['cpu']}; {versions}."
         if self.nb.stale_:
