@@ -53,18 +53,19 @@ window.page = {
     const opacity = e => e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
     const found = new Map();
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    const seen = new Set();
+    const times = new Map();  // of one kind of element a few are enough
     while (walker.nextNode()) {
       const e = walker.currentNode.parentElement;
-      if (!walker.currentNode.data.trim() || seen.has(e) || e.matches('script, style, noscript, title, option')) continue;
-      seen.add(e);
+      if (!walker.currentNode.data.trim() || e.matches('script, style, noscript, title, option')) continue;
+      const what = `${e.tagName.toLowerCase()}.${e.className?.baseVal ?? e.className} in ${e.parentElement.tagName.toLowerCase()}.${e.parentElement.className}`;
+      times.set(what, (times.get(what) ?? 0) + 1);
+      if (times.get(what) > 9) continue;
       if (!e.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
       const style = getComputedStyle(e), size = parseFloat(style.fontSize), ground = background(e);
       const [r, g, b, a] = rgba(e.closest('svg') ? style.fill : style.color);
       const ink = over([r, g, b, a * opacity(e)], ground);
       const [high, low] = [light(ink), light(ground)].sort((x, y) => y - x);
       const ratio = (high + .05) / (low + .05), large = size >= 24 || size >= 18.66 && style.fontWeight >= 700;
-      const what = `${e.tagName.toLowerCase()}.${e.className?.baseVal ?? e.className} in ${e.parentElement.className}`;
       if (ratio < (large ? 3 : 4.5) - .01 && !found.has(what)) found.set(what, `${what}: ${ratio.toFixed(2)} ${e.textContent.trim().slice(0, 30)}`);
     }
     return [...found.values()];

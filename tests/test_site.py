@@ -191,7 +191,8 @@ def seen(browser, width: int = 1280, scheme: str = "light", media: str = "") -> 
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     dark = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": dark})
-    browser.execute_async_script("setTimeout(arguments[0], 120)")  # the scripts of the page follow in a moment
+    pause = 120 if scheme == "dark" else 30  # the scripts of the page follow in a moment
+    browser.execute_async_script(f"setTimeout(arguments[0], {pause})")
 
 
 LIBRARY = (Path(__file__).parent / "page.js").read_text("utf8")
@@ -218,6 +219,20 @@ def test_page(site, browser, page):
     found["paper"] = browser.execute_script("return page.wide(true)")
     said = [f"{check}: {one}" for check, what in found.items() for one in what]
     assert not said, "\n" + "\n".join(said)
+
+
+@pytest.mark.slow
+def test_the_checks_find_what_is_wrong(site, browser):
+    seen(browser)
+    browser.get(site[1] + "core/data.html")
+    browser.execute_script(LIBRARY)
+    browser.execute_script("""const main = document.querySelector('main');
+        main.insertAdjacentHTML('beforeend', `<p style="color: #999">faint
+        $x$</p><h6>deep</h6><figure></figure><img src="data:,"><div style="width: 2000px">wide</div>`);
+        document.querySelectorAll('.sidebar-link.active').forEach(link => link.classList.remove('active'))""")
+    for check in ("images", "figures", "headings", "rawMath", "contrast", "active", "wide"):
+        assert browser.execute_script(f"return page.{check}()"), f"{check} finds nothing"
+    browser.get_log("browser")
 
 
 def broken(folder: Path, address: str, links: list[str]) -> list[str]:
@@ -282,6 +297,15 @@ def test_the_keyboard_reaches_the_search_which_finds_temperature(site, browser, 
     ActionChains(browser).send_keys("temperature").perform()
     found = WebDriverWait(browser, 20).until(lambda _: hrefs(browser, "a.search-result, .aa-Item a"))
     assert any("compress/distill.html" in link for link in found)
+
+
+@pytest.mark.slow
+def test_a_link_to_a_line_of_the_source_opens_it(site, browser):
+    seen(browser)
+    browser.get(site[1] + "api/compress/distill.html")
+    browser.execute_script("[...document.querySelectorAll('a')].findLast(a => a.hash.startsWith('#line-')).click()")
+    line = WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "span:target"))[0]
+    assert line.is_displayed() and line.text.startswith("def distill(")
 
 
 @pytest.mark.slow
