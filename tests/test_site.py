@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tools import pages
 from tools.charts import number, tradeoff
 from tools.run import notebooks
-from tools.site import IMPORT, ROOT, build, figure, looks, translate
+from tools.site import IMPORT, ROOT, build, figure, looks, staged, translate
 
 pytestmark = pytest.mark.xdist_group("site")
 
@@ -83,6 +83,19 @@ def test_a_figure_has_its_caption_its_alt_text_and_its_size():
     text = figure(PNG, "A & b", 'The "c"')
     assert 'width="2" height="1"' in text and "A &amp; b</figcaption>" in text and "The &quot;c&quot;" in text
     assert 'width="1" height="0"' in figure(PNG, "", "", width=1) and "figcaption" not in figure(PNG, "", "")
+
+
+def test_a_published_repository_is_linked(monkeypatch):
+    notation = next(path for path in notebooks() if path.name == "72_notation.ipynb")
+    def links(): return re.findall(r'href="(https:[^"]+)"', staged(notation).cells[1].source)
+
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    monkeypatch.setitem(pages.SETTINGS["DEFAULT"], "git_url", "")
+    assert links() == []
+    monkeypatch.setenv("GITHUB_REPOSITORY", "shop/ecomopt")
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.com")
+    place = "shop/ecomopt/blob/main/nbs/explain/72_notation.ipynb"
+    assert links() == [f"https://github.com/{place}", f"https://colab.research.google.com/github/{place}"]
 
 
 @pytest.mark.parametrize("value, text", [

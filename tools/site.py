@@ -1,6 +1,6 @@
 """The site, in two steps: stage the notebooks with their stored outputs, render them. Nothing is executed.
 
-    python tools/site.py           into _site/
+    python -m tools.site           into _site/
 
 SITE_URL, the address that the site will have, makes its addresses absolute where they must be.
 """
@@ -72,7 +72,7 @@ def figure(png: str, caption: str, alt: str, width: int | None = None) -> str:
     size = f'width="{width or wide}" height="{round(high * (width or wide) / wide)}"'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     image = f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" {size}>'
-    return f'<figure class="figure{" wide" * (wide > 800)}">{image}{below}</figure>'
+    return f'<figure class="figure{" wide" * (wide > 740)}">{image}{below}</figure>'
 
 
 def looks(source: str) -> dict:
