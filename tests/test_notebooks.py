@@ -83,6 +83,18 @@ def test_a_run_stores_what_a_reader_needs(tmp_path, monkeypatch):
     assert run.is_stale(nb)
 
 
+def test_captions_do_not_make_outputs_stale():
+    """What only changes the looks of a page does not count; what changes what is run or exported does."""
+    def keys(source: str) -> list[str]:
+        return run.cell_keys(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]))
+
+    looks = '#| fig-cap: "A"\n#| fig-alt:\n#|   - "B\n#|     C"\n#| code-fold: true\n#| label: fig-x\n'
+    assert keys(looks + "f()") == keys("f()")
+    for other in ("#| export\nf()", "#| eval: false\nf()", looks + "g()", "#  a comment\nf()"):
+        assert keys(other) != keys("f()")
+    assert keys(looks + "#| export\nf()") == keys("#| export\nf()")
+
+
 def test_an_edit_during_the_run_is_not_overwritten(tmp_path):
     path = notebook(tmp_path, "1")
     executed = run.execute(path, fast=False)

@@ -27,7 +27,7 @@ SETTINGS = ConfigParser(interpolation=None)
 SETTINGS.read(ROOT / "settings.ini", encoding="utf8")
 INI = SETTINGS["DEFAULT"]
 TOP = """settings.ini nbs ecomopt tests benchmarks tools _quarto.yml README.md Makefile pyproject.toml constraints.txt
-         CONTRIBUTING.md CHANGELOG.md LICENSE .ci .gitignore""".split()
+         CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE .ci .github .gitignore""".split()
 
 
 def python(*args: str, cwd: Path) -> str:

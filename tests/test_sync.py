@@ -10,7 +10,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tools.generate import INDEX, ROOT, filled, readme
+from tools.charts import tradeoff
+from tools.generate import INDEX, ROOT, TRADEOFF, filled, points, readme
+from tools.pages import chapter_title
+from tools.run import notebooks
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,22 @@ def test_readme_shows_the_code_and_the_results_of_the_quickstart():
     assert len(lines) <= 12 and all(
         word in "".join(lines) for word in ("load_task", "distill(", "quantize(", "save(", "load(")
     )
+
+
+def test_the_figure_of_the_readme_shows_the_stored_results():
+    assert TRADEOFF.read_text("utf8") == tradeoff(points())
+    assert f"](nbs/{TRADEOFF.name})" in (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def test_a_chapter_has_one_name():
+    """In the README and where a sentence names it: `see [Title](…)`, not a name of its own."""
+    titles, wrong = {path.name: chapter_title(path) for path in notebooks()}, []
+    for path in notebooks():
+        text = "\n".join("".join(cell.source) for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+        name = r"\[([^]]+)\]" if path == INDEX else r"(?<=[a-z,(]\s)\[([A-Z][^]]+)\]"
+        for said, target in re.findall(name + r"\([^)\s]*?(\w+\.ipynb)", text):
+            if not titles[target].startswith(said) and said != "quickstart": wrong.append((path.name, said, target))
+    assert wrong == []
 
 
 def test_readme_links_lead_somewhere():

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import nbformat
 
+from tools.charts import number, tradeoff
 from tools.run import NBS, ROOT, write
 
 INDEX, PACKAGE, QUICKSTART = (
@@ -19,7 +20,8 @@ INDEX, PACKAGE, QUICKSTART = (
     NBS / "core" / "00_package.ipynb",
     NBS / "start" / "01_quickstart.ipynb",
 )
-FIGURE = NBS / "quickstart.png"
+FIGURE, TRADEOFF = NBS / "quickstart.png", NBS / "tradeoff.svg"
+STACK = ROOT / "benchmarks" / "results" / "compress.json"
 HIDDEN = re.compile(r"^#\|\s*(hide|include:\s*false|echo:\s*false|default_exp)", re.M)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)")  # a link or image to a file; a file of the index lies in nbs/
 BLOCK = re.compile(r"(<!-- (?P<name>\w+) -->\n)(?:(?!<!--).)*(\n<!-- end -->)", re.S)
@@ -35,7 +37,7 @@ def quickstart() -> list:
 def code() -> str:
     "The lines of the quickstart that a reader types: its cells tagged `readme`."
     lines = "\n".join(cell.source for cell in quickstart() if "readme" in cell.metadata.get("tags", []))
-    return f"```python\n{lines}\n```"
+    return "```python\n" + re.sub(r"^#\|.*\n", "", lines, flags=re.M) + "\n```"
 
 
 def outputs(kind: str) -> list[str]:
@@ -59,7 +61,30 @@ def conditions() -> str:
     return f"Measured {ran['date']} on {ran['cpu']}, by the [quickstart](start/01_quickstart.ipynb)."
 
 
-BLOCKS = {"code": code, "results": results, "conditions": conditions}
+def stack() -> dict:
+    "The stored results of the benchmark of whole chains: this library beside other tools."
+    return json.loads(STACK.read_text("utf8"))
+
+
+def points() -> list[dict]:
+    "Each model of that benchmark as a point of the figure; the first is the teacher."
+    rows = [row for row in stack()["table"] if row.get("p50 ms") and row.get("accuracy")]
+    return [{"name": "teacher" if n == 0 else row["model"], "accuracy": row["accuracy"], "latency": row["p50 ms"],
+             "bytes": 1e6 * row["MB"], "ours": row["model"].startswith("ours")} for n, row in enumerate(rows)]
+
+
+def summary() -> str:
+    "What the figure says, in a sentence: the smallest model of ours beside its teacher."
+    teacher, *others = points()
+    best = min((p for p in others if p["ours"]), key=lambda p: p["latency"])
+    sizes = [number(point["bytes"] / 1e6) for point in (best, teacher)]
+    kept, about = best["accuracy"] / teacher["accuracy"], stack()
+    return (f"On real Amazon reviews, *{best['name']}* answers {number(teacher['latency'] / best['latency'])} times as "
+            f"fast as its teacher, takes {sizes[0]} MB in place of {sizes[1]}, and keeps {kept:.1%} of the accuracy "
+            f"(mean of {len(about['seeds'])} seeds, {about['machine']}, {about['date']}).")
+
+
+BLOCKS = {"code": code, "results": results, "conditions": conditions, "summary": summary}
 
 
 def filled(index: nbformat.NotebookNode, blocks: dict[str, Callable[[], str]] = BLOCKS) -> nbformat.NotebookNode:
@@ -107,6 +132,7 @@ def main() -> None:
     write(with_typing_block(nbformat.read(PACKAGE, 4)), PACKAGE)
     write(filled(nbformat.read(INDEX, 4)), INDEX)
     FIGURE.write_bytes(base64.b64decode(outputs("image/png")[-1]))
+    TRADEOFF.write_text(tradeoff(points()), encoding="utf8")
     (ROOT / "README.md").write_text(readme(), encoding="utf8")
 
 

@@ -245,7 +245,7 @@ def crowded(tree: ast.AST) -> Iterator[str]:
 
 
 def stored(nb: Notebook) -> Iterator[Finding]:
-    """Stored outputs are what a reader needs: no warnings, no widgets, no paths of one machine, and not too much."""
+    """Stored outputs are what a reader needs: no warnings, widgets, paths; described figures; not too much."""
     for cell in nb.code:
         text = json.dumps(cell.outputs)
         if cell.raw["execution_count"] is not None:
@@ -254,6 +254,9 @@ def stored(nb: Notebook) -> Iterator[Finding]:
         if "application/vnd.jupyter.widget" in text: yield cell.number, "stores the state of a widget"
         if any(out.get("output_type") == "error" for out in cell.outputs): yield cell.number, "stores an error"
         if MACHINE_PATH.search(text): yield cell.number, "stores a path of one machine"
+        if any(kind.startswith("image/") for out in cell.outputs for kind in out.get("data", {})):
+            missing = [name for name in ("fig-cap", "fig-alt") if name not in cell.directives]
+            if missing: yield cell.number, f"a figure without `#| {'`, `#| '.join(missing)}`"
     size = sum(len(json.dumps(cell.outputs)) for cell in nb.code)
     if size > MAX_OUTPUTS: yield 0, f"stores {size:,} bytes of outputs; at most {MAX_OUTPUTS:,}"
 

@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 PACKAGES = "ecomopt", "torch", "transformers"
 WIDGETS = "application/vnd.jupyter.widget-view+json"
+# Directives that say how a page looks, and the lines that go on with one: outputs do not depend on them.
+LOOKS = re.compile(r"^#\|\s*(?:fig|tbl|code|label|layout)\b.*\n?(?:^#\|  .*\n?)*", re.M)
 
 
 def notebooks() -> list[Path]:
@@ -52,8 +54,8 @@ def digest(texts: list[str]) -> str:
 
 
 def cell_keys(nb: nbformat.NotebookNode) -> list[str]:
-    "Identify each code cell of a notebook."
-    return [digest([cell.source]) for cell in nb.cells if cell.cell_type == "code"]
+    "Identify each code cell of a notebook; captions, alt texts and folds do not count."
+    return [digest([LOOKS.sub("", cell.source)]) for cell in nb.cells if cell.cell_type == "code"]
 
 
 @functools.cache

@@ -1,27 +1,32 @@
 """The site, in two steps: stage the notebooks with their stored outputs, render them. Nothing is executed.
 
-    python tools/site.py           into _site/
+    python -m tools.site           into _site/
+
+SITE_URL, the address that the site will have, makes its addresses absolute where they must be.
 """
 import ast
-import importlib
-import json
+import base64
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
-from operator import attrgetter
+from html import escape
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nbformat
-import pandas as pd
+import numpy as np
 import yaml
-from execnb.nbio import mk_cell, write_nb
-from fastcore.docments import DocmentTbl
+from execnb.nbio import mk_cell, read_nb, write_nb
 from math_core import LatexToMathML
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import add_show_docs, hide_
 
-from tools.run import NBS, ROOT, duration, is_stale, notebooks
+from tools import pages
+from tools.pages import folded, repository, staged_name
+from tools.run import LOOKS, NBS, ROOT, duration, is_stale, notebooks
 
 # ---------------------------------------------------------------- stage
 
@@ -33,6 +38,7 @@ MARKUP = re.compile(r"""
   | \$\$ (?P<display> .+? ) \$\$
   | \$ (?=\S) (?P<inline> (?:[^$\n]|\n(?!\s*\n))+? ) (?<=\S) \$ (?!\d)
   | (?P<link> \]\( [^)\s]*? ) \d+_ (?P<page> \w+\.ipynb )
+  | (?P<equations> \b[Ee]quations?\s+\(\d+\) (?: (?:,|,?\s+and|,?\s+to)\s+\(\d+\) )* )
 """, re.MULTILINE | re.DOTALL | re.VERBOSE)
 TEX = LatexToMathML(fancy_error=False)
 
@@ -47,35 +53,61 @@ def mathml(tex: str, display: bool) -> str:
     return f'<span class="equation">{math}{number}</span>' if display else math
 
 
-def translate(markdown: str) -> str:
-    "Markdown with its math as MathML and its links to notebooks as the site names them; code stays as it is."
+def translate(markdown: str, numbers: frozenset[str] = frozenset()) -> str:
+    "Markdown with its math as MathML, links to notebooks and to numbered equations as the site has them; code stays."
     def piece(m: re.Match) -> str:
         if m["code"]: return m["code"]
         if m["page"]: return m["link"] + m["page"]
+        if m["equations"]: return re.sub(r"(?:equations?\s+)?\((\d+)\)", linked, m["equations"], flags=re.I)
         return mathml(m["display"] or m["inline"], display=bool(m["display"]))
+
+    def linked(m: re.Match) -> str: return f"[{m[0]}](#equation-{m[1]})" if m[1] in numbers else m[0]
+
     return MARKUP.sub(piece, markdown)
 
 
-def folded(summary: str, markdown: str) -> str:
-    "Markdown behind a line to click on."
-    return f"<details>\n<summary>{summary}</summary>\n\n{markdown}\n\n</details>\n"
+def figure(png: str, caption: str, alt: str, width: int | None = None) -> str:
+    "A picture with its caption and alt text, in HTML, which both renderers leave alone."
+    wide, high = struct.unpack(">II", base64.b64decode(png[:32])[16:24])
+    size = f'width="{width or wide}" height="{round(high * (width or wide) / wide)}"'
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    image = f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" {size}>'
+    return f'<figure class="figure{" wide" * (wide > 740)}">{image}{below}</figure>'
+
+
+def looks(source: str) -> dict:
+    "The directives of a cell that say how it looks, such as `fig-cap`: YAML behind `#|`."
+    lines = "".join(found[0] for found in LOOKS.finditer(source))
+    return yaml.safe_load(re.sub(r"^#\| ?", "", lines, flags=re.M)) or {}
+
+
+def figures(nb) -> None:
+    "Make the pictures of a notebook figures with captions and alt texts."
+    for cell in nb.cells:
+        pictures = [out for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+        if not pictures: continue
+        said, none = looks(cell.source), [""] * len(pictures)
+        captions, alts = (np.atleast_1d(said.get(key, "")).tolist() + none for key in ("fig-cap", "fig-alt"))
+        for out, caption, alt in zip(pictures, captions, alts):
+            png, width = out["data"]["image/png"], out.get("metadata", {}).get("image/png", {}).get("width")
+            out["data"] = {"text/html": figure("".join("".join(png).split()), caption, alt, width)}
+        cell.source = re.sub(r"^#\|\s*fig\b.*\n(?:^#\|  .*\n)*", "", cell.source, flags=re.M)
 
 
 class references(Processor):
     "Turn the `show_doc` cells that nbdev adds below exported definitions into folded tables of their arguments."
 
     def begin(self):
-        for cell in self.nb.cells:
-            if "default_exp" in cell.directives_:
-                name = cell.directives_["default_exp"][0]
-                self.module = importlib.import_module("ecomopt" if name == "__init__" else f"ecomopt.{name}")
+        if not (name := self.nb.module_): return
+        self.module, self.api = pages.imported(name), os.path.relpath(pages.api_page(name), self.nb.page_.parent)
 
     def cell(self, cell):
         if not getattr(cell, "has_sd", False): return
         name = re.fullmatch(r"show_doc\((.+)\)", cell.source)[1]
-        try: table = str(DocmentTbl(attrgetter(name)(self.module)))
-        except NameError: table = ""  # a type in quotes that the module does not import: the code above says it all
-        cell.update(cell_type="markdown", source=folded(f"{name}: arguments", table) if table else None)
+        table, public = pages.arguments(self.module, name), name.partition(".")[0] in self.module.__all__
+        body = [table] * bool(table) + [f"[`{name}` in the API reference]({self.api}#{name})"] * public
+        text = folded(f"{name}: arguments", "\n\n".join(body)) if table else "".join(body)
+        cell.update(cell_type="markdown", source=f'<div id="def-{name}">\n\n{text}\n\n</div>\n' if text else None)
 
 
 class title(Processor):
@@ -91,16 +123,30 @@ class title(Processor):
 
 
 class executed(Processor):
-    "Say below the title when and where the page was executed, and whether its sources changed since."
+    "Say below the title when and where the page was executed, whether its sources changed since, and where they are."
 
     def begin(self):
         ran = self.nb.metadata.get("ecomopt")
-        if not ran: return
+        if not ran or all(cell.cell_type != "code" for cell in self.nb.cells): return
         versions = ", ".join(f"{name} {number}" for name, number in ran["versions"].items())
         text = f"Executed {ran['date']} in {duration(ran['seconds'])} min on {ran['cpu']}; {versions}."
-        if self.nb.stale:
+        if self.nb.stale_:
             text += " <strong>The code has changed since: the outputs are those of the earlier code.</strong>"
-        self.nb.cells.insert(1, mk_cell(f'<p class="executed">{text}</p>\n', "markdown"))
+        links = " · ".join(f'<a href="{href}"{more}>{label}</a>' for label, href, more in self.links())
+        html = f'<div class="executed"><p>{text}</p><p class="page-links">{links}</p></div>'
+        self.nb.cells.insert(1, mk_cell(f"```{{=html}}\n{html}\n```\n", "markdown"))
+
+    def links(self):
+        "What a reader may want of the page: the notebook, its module, and both where the repository is published."
+        path, page, name = self.nb.file_.relative_to(ROOT), self.nb.page_, self.nb.module_
+        yield "Download the notebook", path.name, " download"
+        if name:
+            yield "API reference", os.path.relpath(pages.api_page(name), page.parent).replace(".qmd", ".html"), ""
+        if address := repository():
+            yield "Source", f"{address}/blob/{pages.BRANCH}/{path}", ""
+            if address.startswith("https://github.com/"):
+                colab = address.replace("https://github.com", "https://colab.research.google.com/github")
+                yield "Open in Colab (online)", f"{colab}/blob/{pages.BRANCH}/{path}", ""
 
 
 class tidy(Processor):
@@ -116,66 +162,45 @@ class tidy(Processor):
         cell.source = f"#| code-fold: true\n#| code-summary: {summary}\n{cell.source}"
 
 
-def texts(cell):
-    "Translate the Markdown of a cell and of its outputs."
-    if cell.cell_type == "markdown": cell.source = translate(cell.source)
-    for out in cell.get("outputs", []):
-        data = out.get("data", {})
-        if "text/markdown" in data: data["text/markdown"] = translate("".join(data["text/markdown"]))
+class texts(Processor):
+    "Translate the Markdown of cells and of their outputs."
+
+    def begin(self):
+        prose = "\n".join(cell.source or "" for cell in self.nb.cells if cell.cell_type == "markdown")
+        self.numbers = frozenset(re.findall(r"\\tag\{(\d+)\}", prose))
+
+    def cell(self, cell):
+        if cell.cell_type == "markdown" and cell.source: cell.source = translate(cell.source, self.numbers)
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "text/markdown" in data: data["text/markdown"] = translate("".join(data["text/markdown"]), self.numbers)
 
 
-def staged_name(path: Path) -> Path:
-    "Where a notebook stands on the site: `compress/20_distill.ipynb` becomes `compress/distill.ipynb`."
-    path = path.relative_to(NBS)
-    return path.with_name(re.sub(r"^\d+_", "", path.name))
-
-
-def benchmarks(results: list[Path]) -> str:
-    "The page of the benchmarks, from the results of full runs."
-    page = ["---\ntitle: Benchmarks\ndescription: This library and what else you could use, in one run.\n---\n"]
-    for path in results:
-        result = json.loads(path.read_text("utf8"))
-        table = pd.DataFrame(result.pop("table")).to_html(index=False, border=0, float_format="{:,.4g}".format)
-        name, notes = result.pop("name"), result.pop("notes", [])
-        page += [f"## {name}\n", *([notes] if isinstance(notes, str) else notes), f"\n```{{=html}}\n{table}\n```\n"]
-        page += [folded("How it was run", f"```yaml\n{yaml.safe_dump(result, sort_keys=False)}```")]
-    return "\n".join(page)
-
-
-def architectures(table: dict[str, dict[str, str]]) -> str:
-    "The page of what each step does with each architecture, from what `tools/architectures.py` found."
-    reasons = {}
-    for name, row in table.items():
-        for step, found in row.items():
-            if found != "works": reasons.setdefault((step, found.partition(": ")[2]), []).append(name)
-    short = pd.DataFrame(table).T.map(lambda found: str(found).partition(":")[0]).to_html(border=0)
-    return "\n".join([
-        "---\ntitle: Architectures\ndescription: Which step works with which model, and why not.\n---\n",
-        "Every step was tried on a small random model of every architecture. *Works* means that the logits stay what "
-        "the step promises and that the result, saved and loaded, has the same logits. *Refused* means an error "
-        "before anything is changed; the reasons are listed below the table. A test keeps this table true.\n",
-        f"```{{=html}}\n{short}\n```\n",
-        "## Reasons\n",
-        *(f"* **{step}**, {', '.join(names)}: {why}" for (step, why), names in sorted(reasons.items())),
-    ])
+def staged(path: Path):
+    "A notebook as the renderers read it."
+    nb = read_nb(path)
+    nb.file_, nb.page_, nb.module_ = path, staged_name(path), pages.module_of(nb)
+    nb.stale_ = is_stale(nbformat.read(path, 4))
+    figures(nb)
+    NBProcessor(path, [add_show_docs, references, title, executed, hide_, tidy, texts], nb=nb).process()
+    nb.metadata = {"kernelspec": nb.metadata["kernelspec"]}
+    return nb
 
 
 def stage(to: Path) -> None:
     "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".*", "quickstart", "quickstart-fast"))
-    for path in notebooks():
-        page = NBProcessor(path, [add_show_docs, references, title, executed, hide_, tidy, texts])
-        page.nb.stale = is_stale(nbformat.read(path, 4))
-        page.process()
-        page.nb.metadata = {"kernelspec": page.nb.metadata["kernelspec"]}
-        write_nb(page.nb, to / staged_name(path))
-    table = json.loads((NBS / "architectures.json").read_text("utf8"))
-    (to / "architectures.qmd").write_text(architectures(table), "utf8")
-    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    if results: (to / "benchmarks.qmd").write_text(benchmarks(results), "utf8")
-    config = (ROOT / "_quarto.yml").read_text("utf8").splitlines(keepends=True)
-    (to / "_quarto.yml").write_text("".join(line for line in config if results or "benchmarks.qmd" not in line), "utf8")
+    for path in notebooks(): write_nb(staged(path), to / staged_name(path))
+    made, config = pages.made(), yaml.safe_load((ROOT / "_quarto.yml").read_text("utf8"))
+    for name, text in made.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_text(text, "utf8")
+    site = config["website"]
+    site["sidebar"]["contents"] = pages.contents(site["sidebar"]["contents"], made)
+    if "SITE_URL" in os.environ: site["site-url"] = os.environ["SITE_URL"]
+    if repository(): site["repo-url"] = repository()
+    (to / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), "utf8")
 
 
 # ---------------------------------------------------------------- render
@@ -192,10 +217,16 @@ def render(staged: Path, site: Path) -> None:
     quarto = shutil.which("quarto")
     renderer = [quarto] if quarto else [sys.executable, "-m", "smalldocs.cli"]
     subprocess.run([*renderer, "render", staged], check=True)
-    for file in (staged / "_site").rglob("*.css"): file.write_text(IMPORT.sub("", file.read_text("utf8")), "utf8")
-    for file in (staged / "_site").rglob("*.html"): file.write_text(CDN.sub("", file.read_text("utf8")), "utf8")
+    made = staged / "_site"
+    for file in made.rglob("*.css"): file.write_text(IMPORT.sub("", file.read_text("utf8")), "utf8")
+    for file in made.rglob("*.html"): file.write_text(CDN.sub("", file.read_text("utf8")), "utf8")
+    for path in notebooks(): shutil.copy(path, made / path.relative_to(NBS))  # to download
+    (made / "llms.txt").write_text(pages.llms_txt(staged), "utf8")
+    if "SITE_URL" in os.environ:  # the page for what is not found is shown at any address
+        missing, root = made / "404.html", urlsplit(os.environ["SITE_URL"]).path.rstrip("/")
+        missing.write_text(missing.read_text("utf8").replace("<head>", f'<head><base href="{root}/">', 1), "utf8")
     shutil.rmtree(site, ignore_errors=True)
-    (staged / "_site").replace(site)
+    made.replace(site)
 
 
 def build(staged: Path = ROOT / "_stage", site: Path = ROOT / "_site") -> Path:

@@ -129,9 +129,9 @@ class Trial:
     @property
     def name(self) -> str:
         "Its steps, with options that are words, such as a runtime."
-        def named(name, options): return [name, *(o for o in options.values() if isinstance(o, str))]
-        parts = [named(*pair) for step in self.steps for pair in step.items()]
-        return " → ".join(map(" ".join, parts)) or "teacher"
+        def named(name, options):
+            return " ".join([name, *(o for o in options.values() if isinstance(o, str))])
+        return " → ".join(named(*s) for step in self.steps for s in step.items()) or "teacher"
 
     @property
     def loss(self) -> float:
