@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 # %% ../nbs/core/00_package.ipynb #881c3aed
-__version__ = ""  # nbdev_export puts the version of settings.ini here
+__version__ = "0.2.0"
 
 # %% ../nbs/core/00_package.ipynb #ed3b0901
 class EcomoptError(Exception):
