@@ -59,19 +59,15 @@ def html(text: str) -> str:
 
 # ---------------------------------------------------------------- the API reference
 
-def module_of(nb) -> str:
+def module_of(path: Path) -> str:
     "The module that a notebook exports, such as `core.data`; nothing if it exports none."
-    found = re.search(r"^#\|\s*default_exp (\S+)", "\n".join("".join(cell.source) for cell in nb.cells), re.M)
+    found = re.search(r'"#\| default_exp (\S+?)"', path.read_text("utf8"))
     return found[1] if found else ""
 
 
 def modules() -> dict[str, Path]:
     "The modules of the package in reading order, each with the notebook that exports it."
-    found = {}
-    for path in notebooks():
-        text = path.read_text("utf8")
-        if name := re.search(r'"#\| default_exp (\S+?)"', text): found[name[1]] = path
-    return found
+    return {name: path for path in notebooks() if (name := module_of(path))}
 
 
 def imported(name: str) -> ModuleType:

@@ -179,7 +179,7 @@ class texts(Processor):
 def staged(path: Path):
     "A notebook as the renderers read it."
     nb = read_nb(path)
-    nb.file_, nb.page_, nb.module_ = path, staged_name(path), pages.module_of(nb)
+    nb.file_, nb.page_, nb.module_ = path, staged_name(path), pages.module_of(path)
     nb.stale_ = is_stale(nbformat.read(path, 4))
     figures(nb)
     NBProcessor(path, [add_show_docs, references, title, executed, hide_, tidy, texts], nb=nb).process()

