@@ -271,6 +271,16 @@ def test_padding_changes_nothing():
     assert torch.isclose(*losses, atol=1e-6)
 
 
+def test_a_teacher_can_still_be_trained_and_copied():
+    """The trainer computes without gradients of the teacher, and leaves its parameters as they are."""
+    student, teacher = tiny.classifier(seed=1, layers=1), tiny.classifier()
+    trainer = DistillationTrainer(student.model, arguments(), teacher_model=teacher.model)
+    batch = dict(student.tokenizer(["good battery"], return_tensors="pt"), labels=torch.tensor([1]))
+    trainer.compute_loss(student.model, batch).backward()
+    assert all(p.requires_grad and p.grad is None for p in teacher.model.parameters())
+    assert all(p.requires_grad for p in keep_layers(teacher, 1).model.parameters())
+
+
 @pytest.mark.slow
 def test_a_student_learns_from_unlabelled_text():
     task = tiny.task(120)

@@ -24,7 +24,7 @@ TOUR = {"", "start"}  # the index and the quickstart show what comes later
 MACHINERY = 10  # notebooks of lower numbers explain no technique: the package, its checks
 MAX_LINES, MAX_MEDIAN, CELLS, EXERCISES = 25, 6, range(20, 71), range(3, 6)
 MAX_VALUE = 30  # characters of a value in `a, b = x, y`
-MAX_OUTPUTS = 400_000  # bytes of the stored outputs of a notebook
+MAX_OUTPUTS = 1_000_000  # bytes of the stored outputs of a notebook
 IMPORTS = (ast.Import, ast.ImportFrom)
 
 # Written in two parts, so that this file does not find itself.

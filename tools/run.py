@@ -21,6 +21,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -35,6 +36,7 @@ from tools.lint import Cell, imported
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 PACKAGES = "ecomopt", "torch", "transformers"
+SHARP = 'get_config().InlineBackend.figure_formats = {"retina"}'  # figures of twice the resolution
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 # Directives that say how a page looks, and the lines that go on with one: outputs do not depend on them.
 LOOKS = re.compile(r"^#\|\s*(?:fig|tbl|code|label|layout)\b.*\n?(?:^#\|  .*\n?)*", re.M)
@@ -104,7 +106,11 @@ def is_stale(nb: nbformat.NotebookNode) -> bool:
 
 def execute(path: Path, fast: bool, cwd: Path | None = None) -> nbformat.NotebookNode:
     "Run a copy of a notebook; in the notebook's own folder, as JupyterLab does, if no other is given."
-    with tempfile.TemporaryDirectory() as folder:  # the kernel's sockets: no port that others could reach
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, IPYTHONDIR=folder):
+        profile = Path(folder, "profile_default")  # of this run, whatever IPython does for the user otherwise
+        profile.mkdir()
+        (profile / "ipython_kernel_config.py").write_text(SHARP)
+        # the kernel's sockets: no port that others could reach
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         options = {"kernel_name": "python3", "cwd": cwd or path.parent, "progress_bar": False, "config": sockets}
         return papermill.execute_notebook(path, None, {"fast": fast}, **options)

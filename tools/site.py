@@ -72,7 +72,7 @@ def figure(png: str, caption: str, alt: str, width: int | None = None) -> str:
     size = f'width="{width or wide}" height="{round(high * (width or wide) / wide)}"'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     image = f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" {size}>'
-    return f'<figure class="figure{" wide" * (wide > 740)}">{image}{below}</figure>'
+    return f'<figure class="figure{" wide" * ((width or wide) > 740)}">{image}{below}</figure>'
 
 
 def looks(source: str) -> dict:

@@ -168,8 +168,7 @@ class DistillationTrainer(Trainer):
         self.temperature, self.alpha, self.reverse = temperature, alpha, reverse
         self.loss_weights, self.loss_is_scaled_for_ga = weights, True
         self.teacher_model = teacher_model
-        if teacher_model is not None:
-            teacher_model.eval().requires_grad_(False).to(self.args.device)
+        if teacher_model is not None: teacher_model.eval().to(self.args.device)
         self._prepare_matching()
 
     def _prepare_matching(self) -> None:
