@@ -235,7 +235,7 @@ def test_quickstart_may_show_what_comes_later():
             dict(outputs=[dict(output_type="stream", name="stdout", text=["see /root/x"])]),
             "cell 5: stores a path of one machine",
         ),
-        (dict(outputs=[dict(output_type="stream", name="stdout", text=["x" * 400_001])]), "stores 400,0"),
+        (dict(outputs=[dict(output_type="stream", name="stdout", text=["x" * 1_000_001])]), "stores 1,000,0"),
         (dict(outputs=[dict(output_type="display_data", data={"image/png": ""})]), "cell 5: a figure without `#|"),
         (dict(execution_count=3), "cell 5: has an execution count"),
     ],
