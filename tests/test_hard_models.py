@@ -107,6 +107,7 @@ def test_classes_are_aligned_by_name(checkpoint, labels):
 def test_three_classes_are_permuted(tmp_path):
     model = tiny.classifier(labels=("a", "b", "c"))
     loaded = load_model(tiny.written(model, tmp_path), ("c", "a", "b"))
+    assert torch.equal(loaded.model.classifier.weight, model.model.classifier.weight[[2, 0, 1]])
     assert torch.allclose(loaded.logits(["good"]), model.logits(["good"])[:, [2, 0, 1]], atol=1e-6)
 
 
@@ -122,6 +123,7 @@ def test_classes_without_names_keep_their_order(checkpoint):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = load_model(checkpoint, LABELS)
+    assert torch.equal(loaded.model.classifier.weight, tiny.classifier().model.classifier.weight)
     assert torch.allclose(loaded.logits(["good"]), tiny.classifier().logits(["good"]), atol=1e-6)
 
 
