@@ -41,9 +41,10 @@ _HOMES = {
     "compress.structured": "prune_structured", "compress.quantize": "quantize",
     "compress.share": "codebooks_to_int8 share_weights",
     "compress.calibrate": "calibrate", "compress.qat": "prepare_qat",
-    "compress.quantize_llm": "quantize_language_model",
+    "compress.quantize_llm": "quantize_language_model", "compress.static": "static_student",
     "accelerate.runtime": "best_runtime convert",
     "accelerate.runtime_llm": "convert_language_model",
+    "accelerate.cascade": "Cascade fit_cascade",
     "tune.search": "GridSearch RandomSearch search",
     "tune.bayes": "Tuner",
     "tune.estimator": "TransformerClassifier",
@@ -57,6 +58,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 # %% ../nbs/core/00_package.ipynb #b8d2f1c3
 if TYPE_CHECKING:  # made by `make export` from the table above
+    from ecomopt.accelerate.cascade import Cascade as Cascade
+    from ecomopt.accelerate.cascade import fit_cascade as fit_cascade
     from ecomopt.accelerate.runtime import best_runtime as best_runtime
     from ecomopt.accelerate.runtime import convert as convert
     from ecomopt.accelerate.runtime_llm import convert_language_model as convert_language_model
@@ -70,6 +73,7 @@ if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.compress.quantize_llm import quantize_language_model as quantize_language_model
     from ecomopt.compress.share import codebooks_to_int8 as codebooks_to_int8
     from ecomopt.compress.share import share_weights as share_weights
+    from ecomopt.compress.static import static_student as static_student
     from ecomopt.compress.structured import prune_structured as prune_structured
     from ecomopt.core.artifact import artifact_info as artifact_info
     from ecomopt.core.artifact import load as load

@@ -1,6 +1,7 @@
 """Language models: writing and judging equal transformers' own, batch or not; artifacts keep them; and bad input."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ecomopt import EcomoptError, LanguageModel, load, load_language_model, save
+from ecomopt import EcomoptError, LanguageModel, fetch, load, load_language_model, save
 from ecomopt.core.generate import generation_speed, greedy_decoding, losses, paired_perplexity, perplexity
 from ecomopt.core.train import fingerprint
 
@@ -186,3 +187,19 @@ def test_a_model_that_is_not_there(name, tmp_path):
 )
 def test_bad_input(lm, wrong):
     with pytest.raises(EcomoptError): wrong(lm)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_read_once_wherever_it_lies(monkeypatch, tmp_path):
+    """What was read is found by the content of the file; another content is read anew."""
+    lm = load_language_model("smollm2")
+    copied = tmp_path / "copied.gguf"
+    shutil.copy(next(fetch("smollm2").glob("*.gguf")), copied)
+
+    def read(file, into): raise OSError("read again")
+    monkeypatch.setattr("ecomopt.core.generate._read_gguf", read)
+    again, ids = load_language_model(copied), torch.tensor([[1, 20, 300]])
+    assert torch.equal(again.model(ids).logits, lm.model(ids).logits)
+    assert again.encode(["Hello, 12.50!"], chat=True) == lm.encode(["Hello, 12.50!"], chat=True)
+    with copied.open("ab") as file: file.write(b"x")
+    with pytest.raises(EcomoptError, match="read again"): load_language_model(copied)

@@ -461,10 +461,11 @@ def _check_model(classifier: Classifier) -> None:
     "Raise if it is no classifier, or one that was converted or quantized before."
     _check_classifier(classifier, "classifier")
     if isinstance(classifier.model, ConvertedModel): classifier.model.get_input_embeddings()
-    if any(isinstance(module, Int8Linear) for module in classifier.model.modules()):
-        what = "The model is quantized already."
-        do = "Convert the float model; precision='int8' quantizes it for the runtime."
-        raise EcomoptError(what, "convert", do)
+    is_int8 = any(isinstance(module, Int8Linear) for module in classifier.model.modules())
+    if not is_int8 and isinstance(classifier.model, PreTrainedModel): return
+    what = f"A {type(classifier.model).__name__} is no transformer, or it is quantized already."
+    do = "Convert the float model, precision='int8' quantizes it; of a cascade, convert the stages."
+    raise EcomoptError(what, "convert", do)
 
 
 def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]) -> Classifier:

@@ -136,7 +136,7 @@ def _to_static(layer: Int8Linear, limits: tuple[float, float]) -> StaticLinear:
     return static
 
 # %% ../../nbs/compress/25_calibrate.ipynb #e5af95d3
-_STEP = _Step("calibrate", "calibrate", "prune_structured", "quantize")
+_STEP = _Step("calibrate", "calibrate", "prune_structured", "static_model", "quantize")
 
 
 def _check_model(quantized: Classifier) -> None:

@@ -186,7 +186,7 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "teacher_logits"})
+        self._signature_columns = list({*self._signature_columns, "labels", "teacher_logits"})
 
     def get_batch_samples(self, *args, **kwargs):
         "Collect the batches of a step as `Trainer` does, and count what they hold."
@@ -387,7 +387,7 @@ def _make_student(
 
 # %% ../../nbs/compress/20_distill.ipynb #9be108ce
 def _trainable_copy(student: Classifier) -> Classifier:
-    "A copy without dropout and with frozen word embeddings."
+    "A copy without dropout; the word embeddings of a pretrained encoder are frozen."
     model = copy.deepcopy(student.model).float().requires_grad_(True)
     for name, module in model.named_modules():
         if module is model.get_input_embeddings() or not hasattr(module, "spec"): continue
@@ -397,7 +397,7 @@ def _trainable_copy(student: Classifier) -> Classifier:
             raise EcomoptError(what, "distill", do)
     for module in model.modules():
         if isinstance(module, nn.Dropout): module.p = 0.0
-    model.get_input_embeddings().requires_grad_(False)
+    if isinstance(model, PreTrainedModel): model.get_input_embeddings().requires_grad_(False)
     return Classifier(model, student.tokenizer, student.max_length)
 
 

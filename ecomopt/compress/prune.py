@@ -34,6 +34,7 @@ class _Step:
     made_by = {  # the step that makes each kind of module, the last one last
         "PrunedLinear": "prune_structured",
         "FirstTokenLayer": "prune_structured",
+        "StaticModel": "static_model",
         "QuantizedEmbedding": tables[0],
         "SharedEmbedding": tables[1],
         "FakeQuantLinear": "prepare_qat",
@@ -45,6 +46,7 @@ class _Step:
         "SharedInt8Linear": "codebooks_to_int8",
         "StaticLinear": "calibrate",
         "ConvertedModel": "convert",
+        "CascadeModel": "fit_cascade",
     }
 
     def __init__(self,

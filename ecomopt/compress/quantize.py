@@ -265,7 +265,6 @@ class Int8Layer(Rebuildable):
 
 # %% ../../nbs/compress/23_quantize.ipynb #78d0f7d6
 _LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer", "TransformerBlock"}
-_STEP = _Step("quantize", "quantize", "prune_structured", "prepare_qat", "share_weights")
 
 
 def _parts(layer: nn.Module) -> dict | None:
@@ -291,6 +290,10 @@ def _parts(layer: nn.Module) -> dict | None:
     return dict(qkv=qkv, size=a.attention_head_size, others=others, norms=norms, first=first)
 
 # %% ../../nbs/compress/23_quantize.ipynb #bc256363
+_BEFORE = "prune_structured", "static_model", "prepare_qat", "share_weights"
+_STEP = _Step("quantize", "quantize", *_BEFORE)
+
+
 def _int8_layer(
     qkv: list[nn.Linear],
     size: int,

@@ -270,7 +270,8 @@ def _check(bits: int | None, embedding_bits: int | None, group: int | None, init
     _check_init(init)
 
 # %% ../../nbs/compress/24_share.ipynb #662b171e
-_STEP = _Step("share_weights", "share", *set(_Step.made_by.values()) - {"prepare_qat", "convert"})
+_BEFORE = set(_Step.made_by.values()) - {"prepare_qat", "convert", "fit_cascade"}
+_STEP = _Step("share_weights", "share", *_BEFORE)
 
 
 def _is_shareable(name: str, module: nn.Module) -> bool:

@@ -54,6 +54,7 @@ _SUFFIXES = {".json", ".safetensors", ".txt", ".jinja", ".md"}  # plain data; ot
 _KINDS = {  # what an artifact may hold: the module of its class, and what builds its empty model
     "Classifier": ("ecomopt.core.train", AutoModelForSequenceClassification),
     "LanguageModel": ("ecomopt.core.generate", AutoModelForCausalLM),
+    "Cascade": ("ecomopt.accelerate.cascade", None),  # made of artifacts, one for each stage
 }
 _CLASSES = {  # the modules that may be rebuilt, by the Python module of their class
     "ecomopt.accelerate.runtime": "TorchRuntime GraphRuntime",
@@ -62,6 +63,7 @@ _CLASSES = {  # the modules that may be rebuilt, by the Python module of their c
     "ecomopt.compress.qat": "FakeQuantLinear",
     "ecomopt.compress.quantize": "Int8Linear Int8Layer QuantizedEmbedding",
     "ecomopt.compress.quantize_llm": "WeightOnlyLinear WeightOnlyLayer",
+    "ecomopt.compress.static": "StaticModel",
     "ecomopt.compress.share": "SharedLinear SharedEmbedding SharedInt8Linear",
     "ecomopt.compress.structured": "PrunedLinear FirstTokenLayer",
 }
@@ -252,6 +254,13 @@ def _read_small(path: Path, files: dict[str, str]) -> dict[str, bytes]:
         _check_hash(path, name, hashlib.sha256(content).hexdigest(), files[name])
     return contents
 
+
+def _open_stage(path: Path, name: str, expected: str) -> Classifier:
+    "Load a stage of a cascade: an artifact whose manifest, and so all of it, was hashed."
+    stage = _open(path / name)
+    _check_hash(path, name, _sha256(path / name / _MANIFEST), expected)
+    return stage
+
 # %% ../../nbs/core/13_artifact.ipynb #1edeadf3
 def _is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
@@ -266,6 +275,11 @@ def _is_table_of(is_right, value: object) -> bool:
     return isinstance(value, dict) and all(map(is_right, value.values()))
 
 
+def _stage_names(number: int) -> list[str]:
+    "The directories of a cascade's stages."
+    return [f"stage{i}" for i in range(number)]
+
+# %% ../../nbs/core/13_artifact.ipynb #4b1f0c21
 _FIELDS = {  # of a manifest: whether a value is what it must be
     "kind": lambda value: isinstance(value, str) and value in _KINDS,
     "max_length": lambda value: type(value) is int and 0 < value < 2**31,
@@ -273,22 +287,28 @@ _FIELDS = {  # of a manifest: whether a value is what it must be
     "same": lambda value: _is_table_of(lambda name: isinstance(name, str), value),
     "recipe": lambda value: isinstance(value, (list, dict)),
     "measurements": lambda value: isinstance(value, (list, dict)),
-    "files": lambda value: _is_table_of(_is_hash, value) and {_WEIGHTS, _CONFIG} <= value.keys(),
+    "files": lambda value: _is_table_of(_is_hash, value),
+    "stages": lambda value: _is_table_of(_is_hash, value) and [*value] == _stage_names(len(value)),
+    "settings": lambda value: isinstance(value, dict),
 }
-_DEFAULTS = {"kind": "Classifier", "same": {}, "recipe": [], "measurements": []}
+_DEFAULTS = {"kind": "Classifier", "same": {}, "recipe": [], "measurements": [], "stages": {}}
+_DEFAULTS["settings"] = {}
 
-# %% ../../nbs/core/13_artifact.ipynb #74957c88
+
 def _is_plain(name: str) -> bool:
     "Whether a file is plain data and directly in the directory of its artifact."
     is_name = re.fullmatch(r"\w[\w.-]*", name) and name != _MANIFEST
     return bool(is_name) and Path(name).suffix in _SUFFIXES
 
-
+# %% ../../nbs/core/13_artifact.ipynb #74957c88
 def _fault(manifest: dict) -> str | None:
     "Which part of a manifest is not what `load` needs."
     for name, is_right in _FIELDS.items():
         value = reprlib.repr(manifest[name]) if name in manifest else "missing"
         if value == "missing" or not is_right(manifest[name]): return f"{name} is {value}"
+    if (manifest["kind"] == "Cascade") != bool(manifest["stages"]): return "stages do not fit kind"
+    if not manifest["stages"] and not {_WEIGHTS, _CONFIG} <= manifest["files"].keys():
+        return f"files have no {_WEIGHTS} or no {_CONFIG}"
     try:
         for entry in manifest["modules"].values(): _class_of(entry)
     except (ValueError, TypeError) as error: return str(error)
@@ -340,18 +360,20 @@ def _manifest(path: Path) -> dict:
     raise EcomoptError(f"The artifact does not fit together: {fault}.", where, do)
 
 # %% ../../nbs/core/13_artifact.ipynb #59ddfe18
-def _others(path: Path, files: dict[str, str]) -> list[str]:
+def _others(path: Path, manifest: dict) -> list[str]:
     "What lies in the directory of an artifact and is not its own."
-    return sorted(set(os.listdir(path)) - files.keys() - {_MANIFEST})
+    own = {*manifest["files"], *manifest["stages"], _MANIFEST}
+    return sorted(set(os.listdir(path)) - own)
 
 
-def _check_directory(path: Path, files: dict[str, str]) -> None:
+def _check_directory(path: Path, manifest: dict) -> None:
     "Raise unless the files of the manifest are there, and no others."
-    for name in files:
+    needed = [*manifest["files"], *(f"{name}/{_MANIFEST}" for name in manifest["stages"])]
+    for name in needed:
         if (path / name).is_file(): continue
         do = "Copy the artifact again, or make it again."
         raise EcomoptError(f"The file {name!r} is missing.", str(path), do)
-    for name in _others(path, files):
+    for name in _others(path, manifest):
         do = "Move it elsewhere: the directory of an artifact holds its own files and nothing else."
         raise EcomoptError(f"The file {name!r} is not one of the artifact's.", str(path), do)
 
@@ -463,7 +485,9 @@ def _check_contents(path: Path) -> None:
     do = "Name a new directory, or an artifact to replace."
     if not (path / _MANIFEST).exists():
         raise EcomoptError("There is something else already.", str(path), do)
-    others = _others(path, _manifest(path)["files"])
+    manifest = _manifest(path)
+    for name in manifest["stages"]: _check_contents(path / name)
+    others = _others(path, manifest)
     if others:
         what = f"There is a file {others[0]!r} that is not the artifact's; nothing was changed."
         raise EcomoptError(what, str(path), "Move it elsewhere, or name a new directory.")
@@ -507,13 +531,17 @@ def _describe(model: Classifier, recipe: list, measurements: list) -> dict:
         do = "Pass what finetune, distill, load or load_language_model gives."
         raise EcomoptError(f"A {name} cannot be saved.", "argument model", do)
     about = dict(format=1, ecomopt=__version__, kind=name, max_length=model.max_length)
-    about |= dict(modules=_specs(model.model), recipe=recipe, measurements=measurements)
+    about |= dict(recipe=recipe, measurements=measurements)
+    if name == "Cascade": about |= dict(modules={}, settings=model.model.spec())
+    else: about |= dict(modules=_specs(model.model))
     try: about = json.loads(json.dumps(about))
     except (TypeError, ValueError, RecursionError) as error:
         what = f"The recipe, the measurements or a module is not plain data: {error}."
         raise EcomoptError(what, "save", "Use strings, numbers, lists and dictionaries.") from error
-    to_come = dict(same={}, files=dict.fromkeys([_WEIGHTS, _CONFIG], "0" * 64))
-    fault = _fault(about | to_come)
+    stages = _stage_names(len(getattr(model, "stages", [])))
+    to_come = {"files": [_WEIGHTS, _CONFIG], "stages": stages}
+    to_come = {field: dict.fromkeys(names, "0" * 64) for field, names in to_come.items()}
+    fault = _fault(_DEFAULTS | about | to_come)
     if fault is None: return about
     raise EcomoptError(f"The model could not be loaded again: {fault}.", "save", "Change that.")
 
@@ -528,6 +556,20 @@ def _hashes(directory: Path) -> dict[str, str]:
     return {file.name: _sha256(file) for file in files}
 
 
+def _write(model: Classifier, part: Path, texts: dict[str, str]) -> dict:
+    "Write all files but the manifest; what it has to say of them."
+    for name, text in texts.items(): (part / name).write_text(text, encoding="utf8")
+    if hasattr(model, "stages"):
+        files = _hashes(part)
+        saved = [save(stage, part / f"stage{i}") for i, stage in enumerate(model.stages)]
+        return dict(files=files, stages={one.name: _sha256(one / _MANIFEST) for one in saved})
+    tensors, same = _tensors(model.model)
+    model.model.config.save_pretrained(part)
+    model.tokenizer.save_pretrained(part)
+    save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
+    return dict(files=_hashes(part), same=same)
+
+# %% ../../nbs/core/13_artifact.ipynb #4b1f0c23
 def _check_texts(files: object) -> None:
     "Raise unless these are texts that may be saved beside a model."
     if not isinstance(files, dict):
@@ -549,15 +591,11 @@ def save(
     "Save a model as an artifact: weights, configuration, tokenizer, recipe, measurements, hashes."
     _check_texts(files or {})
     about = _describe(model, recipe or [], measurements or [])
-    tensors, same = _tensors(model.model)
+    tensors, _ = _tensors(model.model)
     _check_tensors(tensors, "the model to save", "Train it again, at a lower rate.")
     target = _check_target(path, sum(tensor.nbytes for tensor in tensors.values()))
     with _atomic_folder(target, _replace) as part:
-        model.model.config.save_pretrained(part)
-        model.tokenizer.save_pretrained(part)
-        save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
-        for name, text in (files or {}).items(): (part / name).write_text(text, encoding="utf8")
-        text = json.dumps(about | dict(same=same, files=_hashes(part)), indent=1)
+        text = json.dumps(about | _write(model, part, files or {}), indent=1)
         (part / _MANIFEST).write_text(text, encoding="utf8")
     for aside in _scratch_folders(target, "old"): shutil.rmtree(aside, ignore_errors=True)
     return _user_path(path)
@@ -566,29 +604,31 @@ def save(
 def _open(path: Path) -> Classifier:
     "Load an artifact, once every file of it has its hash."
     manifest = _manifest(path)
-    files = manifest["files"]
-    _check_directory(path, files)
+    files, stages = manifest["files"], manifest["stages"]
+    _check_directory(path, manifest)
     contents = _read_small(path, files)
-    tensors = _read_weights(path, files[_WEIGHTS])
     home, _ = _KINDS[manifest["kind"]]
     cls = getattr(importlib.import_module(home), manifest["kind"])
+    if stages:
+        return cls([_open_stage(path, *one) for one in stages.items()], **manifest["settings"])
+    tensors = _read_weights(path, files[_WEIGHTS])
     config = _config(contents[_CONFIG], tensors)
     model = _build(config, manifest, tensors)
     _fill(model, tensors, manifest["same"])
     options = dict(config=config, trust_remote_code=False, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    _check_directory(path, files)  # transformers has read the tokenizer's files again: are they
+    _check_directory(path, manifest)  # transformers has read the tokenizer's files again: are they
     _read_small(path, files)       # still the same, and no others?
     return cls(model.eval(), tokenizer, manifest["max_length"])
 
-
+# %% ../../nbs/core/13_artifact.ipynb #fc31207c
 def _time_of_change(path: Path) -> tuple | None:
     "When a manifest was written; another after an artifact was replaced."
     try: found = (path / _MANIFEST).stat()
     except OSError: return None
     return found.st_ino, found.st_mtime_ns
 
-# %% ../../nbs/core/13_artifact.ipynb #fc31207c
+
 def load(
     path: str | Path,  # a directory written by `save`
 ) -> Classifier:       # or the `LanguageModel` that was saved; in evaluation mode, on the CPU
@@ -628,7 +668,7 @@ def artifact_info(
     "What an artifact says of itself: the manifest is checked, and no weights are read."
     folder = _find(_user_path(path))
     manifest = _manifest(folder)
-    _check_directory(folder, manifest["files"])
+    _check_directory(folder, manifest)
     names = ("kind", "ecomopt", "max_length", "recipe", "measurements")
     return {name: manifest.get(name) for name in names} | {"bytes": disk_bytes(folder)}
 

@@ -26,7 +26,7 @@ from transformers import (
 
 # %% ../../nbs/core/15_generate.ipynb #6d67252c
 from .. import EcomoptError
-from .assets import ASSETS, fetch
+from .assets import ASSETS, _sha256, cached, fetch
 from .checks import _first_line, _text_rows, _whole_number
 from .measure import interleave
 from ecomopt.core.pretrained import (
@@ -178,28 +178,43 @@ class LanguageModel:
         return answers
 
 # %% ../../nbs/core/15_generate.ipynb #a6afc775
-def _load(name: str | Path, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "Model and tokenizer of a checkpoint; code that lies beside it is never run."
+def _read_gguf(file: Path, into: Path) -> None:
+    "Write what a GGUF file holds as a checkpoint in float32."
+    options = {"gguf_file": file.name, "trust_remote_code": False}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, output_loading_info=True, **options
+    )
+    _check_weights(model, found, True, str(file))
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(into)
+    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(into)
+
+
+def _checkpoint(name: str | Path) -> str | Path:
+    "Where the checkpoint of a model is: its directory, its hub id, or in the cache."
     path = Path(fetch(name) if isinstance(name, str) and name in ASSETS else name).expanduser()
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    home = files[0].parent if files else path if path.exists() else name
-    gguf = {"gguf_file": files[0].name} if files else {}
-    if not files: _checkpoint_config(home)
-    options = gguf or {"use_safetensors": True}
-    model, found = AutoModelForCausalLM.from_pretrained(
-        home, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
-    )
+    if not files: return path if path.exists() else name
+    return cached("gguf", {"file": _sha256(files[0])}, partial(_read_gguf, files[0]))
+
+
+# %% ../../nbs/core/15_generate.ipynb #5bd1c0e2
+def _load(name: str | Path, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "Model and tokenizer of a checkpoint; code that lies beside it is never run."
+    home = _checkpoint(name)
+    _checkpoint_config(home)
+    options = dict(trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, **options)
     _check_weights(model, found, True, where)
     _check_finite_weights(model, where)
-    if files:
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-    tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False, **gguf)
+    tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest < rows: return model, tokenizer
     what = f"The tokenizer has the token {highest}, and the model {rows} embeddings."
     raise EcomoptError(what, where, "Use the files of the model's own tokenizer.")
+
 
 # %% ../../nbs/core/15_generate.ipynb #bf23ba1f
 def load_language_model(

@@ -98,11 +98,12 @@ def interleave(
 
 
 @contextlib.contextmanager
-def _threads(number: int):
-    "Let torch use this many threads within the block."
+def _threads(number: int | None):
+    "Let torch use so many threads in the block; None: 2, or as many as it uses if fewer."
     before = torch.get_num_threads()
+    number = min(2, before) if number is None else _whole_number(number, "threads")
     torch.set_num_threads(number)
-    try: yield
+    try: yield number
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/core/14_measure.ipynb #30d5e795
@@ -471,17 +472,17 @@ def compare(
     task: Task,                          # whose labels they predict
     split: str = "test",                 # with all test sets; "valid" while still choosing
     repeats: int = 5,                    # rounds, in each of which every classifier is timed
-    threads: int = 2,                    # of torch, the same for all
+    threads: int | None = None,          # of torch; None: 2, or as many as torch uses if fewer
     calls: int = 40,                     # sentences a round that are classified one by one
     batch_size: int = 32,                # for quality, throughput and memory
     memory: bool = True,                 # also load each in a fresh process (some seconds)
     seed: int = 0,                       # of the sentences for latency, and of the bootstrap
 ) -> Comparison:
     "Measure classifiers side by side: quality on the same sentences, speed in the same rounds."
-    options = {"repeats": repeats, "threads": threads, "calls": calls, "batch_size": batch_size}
-    rows = _check(classifiers, task, split, options)
-    texts = list(rows.text.loc[[split]])
-    with _threads(threads):
+    with _threads(threads) as threads:
+        options = dict(repeats=repeats, threads=threads, calls=calls, batch_size=batch_size)
+        rows = _check(classifiers, task, split, options)
+        texts = list(rows.text.loc[[split]])
         answers = _answers(classifiers, rows, task.labels, batch_size)
         rounds, ms = time_interleaved(classifiers, texts, repeats, calls, batch_size, seed)
     measured = {}

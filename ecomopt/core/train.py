@@ -382,7 +382,8 @@ def run(
     "Train without output, with the fastest attention of this machine; divergence is an error."
     args = trainer.args
     trainer.remove_callback(PrinterCallback)
-    if args.device.type == "cpu":  # where fused attention has a slow backward pass on short texts
+    is_transformer = isinstance(trainer.model, PreTrainedModel)
+    if is_transformer and args.device.type == "cpu":  # fused attention is slow on short texts
         trainer.model.set_attn_implementation("eager")
     trainer.add_callback(_Resumable)
     killed = args.resume_from_checkpoint

@@ -122,7 +122,7 @@ def _unscaled(position: float, given: tuple | list) -> object:
     if len(given) > 2:
         return float(f"{math.exp(math.log(low) + position * math.log(high / low)):.3g}")
     value = low + position * (high - low)
-    return round(value) if isinstance(low, int) and isinstance(high, int) else value
+    return round(value) if isinstance(low, int) and isinstance(high, int) else float(f"{value:.3g}")
 
 # %% ../../nbs/optimize/51_candidates.ipynb #e8c2a389
 def _inside(value: object, given: tuple | list) -> object:

@@ -83,7 +83,7 @@ _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
-_Threads = Annotated[int, typer.Option(help="Of torch.")]
+_Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
 
 # %% ../../nbs/optimize/59_cli.ipynb #501d7c90
 def _task(source: str, text: str, label: str, group: str | None, metric: str, seed: int) -> Any:
@@ -149,7 +149,7 @@ def _measure(
     metric: _Metric = "accuracy",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     seed: _Seed = 0,
-    threads: _Threads = 2,
+    threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
     """Measure quality with its interval, latency, throughput and bytes.
@@ -267,7 +267,7 @@ def _optimize(
     metric: _Metric = "accuracy", model: _Teacher = "minilm", max_drop: _Drop = 0.01,
     max_class_drop: _ClassDrop = 0.1, max_latency_ms: _Latency = None, max_bytes: _Bytes = None,
     minimize: _Minimize = "latency", budget: _Budget = "20min", seed: _Seed = 0,
-    threads: _Threads = 2, jobs: _Jobs = 1, as_json: _Json = False,
+    threads: _Threads = None, jobs: _Jobs = 1, as_json: _Json = False,
 ) -> None:
     """Make the fastest or smallest model that keeps a goal. Ctrl-C finishes with the best so far.
 

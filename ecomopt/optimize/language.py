@@ -545,7 +545,7 @@ def optimize_language_model(
     budget: float | str = "20min",        # seconds, or a text such as "90s"
     texts: Sequence[str] | None = None,   # for the perplexity; without them, the prompts
     seed: int = 0,                        # of the bootstrap intervals
-    threads: int = 2,                     # of torch and OpenVINO
+    threads: int | None = None,           # of torch and OpenVINO; None: 2, or torch's if fewer
     max_new_tokens: int = 64,             # the most of an answer
     on_trial: Callable[[LanguageTrial], None] | None = None,  # called with each finished trial
 ) -> LanguageResult:                      # with the winner, or with the closest to the goal
@@ -556,7 +556,7 @@ def optimize_language_model(
     n = _whole_number(max_new_tokens, "max_new_tokens")
     seed = _whole_number(seed, "seed", 0, 2**32 - 1)
     named = Path(language_model).name if isinstance(language_model, (str, Path)) else "the model"
-    with _threads(_whole_number(threads, "threads")):
+    with _threads(threads) as threads:
         lm = _checked_model(language_model)
         search = _Search(lm, prompts, texts, goal, seconds, seed, threads, n, on_trial)
         search.run()

@@ -79,6 +79,8 @@ _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions 
     [_ONNX],
     [{"quantize": {}}, {"calibrate": {}}],
     [{"prune_structured": _SMALL}, *_TRAIN, _CONVERT],
+    [{"prune_structured": _SMALL}, *_TRAIN, _CONVERT, {"cascade": {}}],
+    [{"static": {}}, {"distill": {"augment": 20_000, "learning_rate": 5e-4}}, {"quantize": {}}],
     [{"prune_structured": _WIDE}, *_TRAIN, _ONNX],
     [{"prune_structured": _SMALL}, *_TRAIN, {"quantize": {"embedding_bits": 4}}, {"calibrate": {}}],
     [{"keep_layers": {"layers": 0.5}}, _TRAIN[1], _CONVERT],
@@ -87,9 +89,12 @@ _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions 
 # %% ../../nbs/optimize/54_optimize.ipynb #a1e11ac4
 _LEAST = dict(layers=0.0, neurons=0.0, heads=0.0, vocabulary=True, min_count=3, first_token=True)
 _SMALLEST = [  # of no use: a limit that they break is broken by all recipes
-    [{kind: _LEAST}, *more, {"distill": {}}, last]
-    for kind, more in (("prune_structured", [{"quantize_embeddings": {"bits": 2}}]),
-                       ("keep_layers", []))
+    [{kind: least}, *more, {"distill": {}}, last]
+    for kind, least, more in (
+        ("prune_structured", _LEAST, [{"quantize_embeddings": {"bits": 2}}]),
+        ("static", {"width": 1, "min_count": 3}, [{"quantize_embeddings": {"bits": 2}}]),
+        ("keep_layers", _LEAST, []),
+    )
     for last in (_CONVERT, _ONNX, {"quantize": {"embedding_bits": 4, "bits": 4}})
 ]
 
@@ -690,7 +695,7 @@ def optimize(
     goal: Goal = Goal(),  # what must hold, and what to minimize
     budget: float | str = "20min",  # for the search, without fine-tuning the teacher
     seed: int = 0,  # of everything that is random
-    threads: int = 2,  # of torch
+    threads: int | None = None,  # of torch; None: 2, or as many as torch uses if these are fewer
     n_jobs: int = 1,  # classifiers to train at a time, by joblib
     on_trial: Callable[[Trial], None] | None = None,  # called with each finished trial
 ) -> OptimizeResult | LanguageResult:
@@ -702,7 +707,7 @@ def optimize(
     _check_goal(goal)
     seconds = parse_budget(budget)
     n_jobs = _whole_number(n_jobs, "n_jobs")
-    with _threads(_whole_number(threads, "threads")):
+    with _threads(threads) as threads:
         teacher = model or "minilm"
         if not isinstance(teacher, Classifier): teacher = finetune(teacher, task, seed=seed)
         context = StepContext(task, teacher, _whole_number(seed, "seed", 0, 2**32 - 1))

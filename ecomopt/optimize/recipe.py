@@ -16,7 +16,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +30,7 @@ from datasets.fingerprint import Hasher
 
 # %% ../../nbs/optimize/50_recipe.ipynb #5e65f30a
 from .. import EcomoptError
+from ..accelerate.cascade import fit_cascade
 from ..accelerate.runtime import convert
 from ..compress.calibrate import calibrate
 from ..compress.distill import _training_texts, distill, keep_layers
@@ -37,6 +38,7 @@ from ..compress.prune import PruneCallback, prune
 from ..compress.qat import prepare_qat
 from ..compress.quantize import quantize
 from ..compress.share import codebooks_to_int8, share_weights
+from ..compress.static import static_model
 from ..compress.structured import prune_structured
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
@@ -53,6 +55,7 @@ class StepContext:
     task: Task           # its train, valid and transfer splits
     teacher: Classifier  # the model that the recipe began with
     seed: int = 0        # of everything that is random
+    converted: dict = field(default_factory=dict, compare=False)  # teachers, for other recipes
 
 
 def _texts(context: StepContext) -> list[str]:
@@ -67,11 +70,11 @@ def _frequent_words(texts: list[str], min_count: int) -> list[str]:
     return [word for word, count in words.items() if count >= min_count]
 
 
-_FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert"  # nothing can be trained after
+_FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert", "cascade"  # no training after
 _Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 
 # %% ../../nbs/optimize/50_recipe.ipynb #d2e09ae9
-_STRUCTURE = "prune", "share_weights", "prepare_qat", "quantize_embeddings", *_FINAL
+_STRUCTURE = "static", "prune", "share_weights", "prepare_qat", "quantize_embeddings", *_FINAL
 
 
 def _sizes(context: StepContext) -> dict:
@@ -109,6 +112,19 @@ def _prune_structured(
     cannot_follow=["prune_structured", *_STRUCTURE],
 )
 def _keep_layers(model, context, *, layers: int = 3): return keep_layers(model, layers)
+
+
+@register_step(
+    "static",
+    space={"width": (32, 256), "min_count": (1, 3)},
+    cannot_follow=["keep_layers", "prune_structured", *_STRUCTURE],
+    packages=["tokenizers"],
+)
+def _static(
+    model, context, *, width: int = 128, buckets: int = 2**15, ngrams: int = 2, min_count: int = 1,
+):
+    texts = _frequent_words(_texts(context), min_count)
+    return static_model(model, texts, width, buckets, ngrams, seed=context.seed)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
 def _part(context: StepContext, augment: int, start: float, stop: float) -> Task:
@@ -150,7 +166,7 @@ def _distill(
 # %% ../../nbs/optimize/50_recipe.ipynb #f75c01cb
 @register_step(
     "prune",
-    cannot_follow=["prune", "share_weights", *_FINAL],
+    cannot_follow=["static", "prune", "share_weights", *_FINAL],
 )
 def _prune(
     model, context, *, sparsity: float = 0.5, scope: Literal["global", "local"] = "global",
@@ -165,7 +181,7 @@ def _prune(
 @register_step(
     "share_weights",
     space={"bits": (2, 8), "embedding_bits": (2, 8)},
-    cannot_follow=["prepare_qat", "share_weights", *_FINAL],
+    cannot_follow=["static", "prepare_qat", "share_weights", *_FINAL],
 )
 def _share_weights(
     model, context, *, bits: _Bits | None = 4, embedding_bits: _Bits | None = 4,
@@ -176,7 +192,7 @@ def _share_weights(
 
 @register_step(
     "prepare_qat",
-    cannot_follow=["prepare_qat", "share_weights", *_FINAL],
+    cannot_follow=["static", "prepare_qat", "share_weights", *_FINAL],
 )
 def _prepare_qat(model, context, *, bits: _Bits = 4): return prepare_qat(model, bits)
 
@@ -202,7 +218,7 @@ def _codebooks_to_int8(model, context): return codebooks_to_int8(model)
 @register_step(
     "calibrate",
     space={"texts": [128]},
-    cannot_follow=["calibrate", "codebooks_to_int8", "convert"],
+    cannot_follow=["calibrate", "codebooks_to_int8", "convert", "cascade"],
     must_follow=["quantize"],
 )
 def _calibrate(
@@ -217,7 +233,7 @@ def _calibrate(
 @register_step(
     "convert",
     space={"runtime": ["openvino", "onnxruntime"], "precision": ["int8", "float32"]},
-    cannot_follow=["share_weights", "prepare_qat", *_FINAL],
+    cannot_follow=["static", "share_weights", "prepare_qat", *_FINAL],
     packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
 )
 def _convert(
@@ -227,6 +243,28 @@ def _convert(
     timeout: float = 600.0,
 ):
     return convert(model, runtime, precision, context.task, timeout)
+
+# %% ../../nbs/optimize/50_recipe.ipynb #c45cade1
+def _large_stage(context: StepContext, runtime: str) -> Classifier:
+    "The teacher in int8 in a runtime, converted once for all recipes of a search."
+    if runtime == "none": return context.teacher
+    if runtime not in context.converted:
+        context.converted[runtime] = convert(context.teacher, runtime, "int8", context.task)
+    return context.converted[runtime]
+
+
+@register_step(
+    "cascade",
+    space={"deferred": (0.02, 0.4), "runtime": ["onnxruntime"]},
+    cannot_follow=["cascade"],
+    must_follow=["keep_layers", "prune_structured", "static"],
+    packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
+)
+def _cascade(
+    model, context, *, deferred: float = 0.1,
+    runtime: Literal["none", "onnxruntime", "openvino"] = "onnxruntime",
+):
+    return fit_cascade([model, _large_stage(context, runtime)], context.task, deferred)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #b9f29bbc
 def _step(given: object) -> tuple[str, dict]:
