@@ -63,12 +63,12 @@ class CascadeModel(nn.Module):
 
     def __init__(self,
         models: Sequence[nn.Module],    # of the stages
-        thresholds: Sequence[float],    # of all stages but the last
-        temperatures: Sequence[float],  # of each stage
+        thresholds: list[float],        # of all stages but the last
+        temperatures: list[float],      # of each stage
     ):
         super().__init__()
         self.stages = nn.ModuleList(models)
-        self.thresholds, self.temperatures = list(thresholds), list(temperatures)
+        self.thresholds, self.temperatures = thresholds, temperatures
         self.config = models[0].config
 
     @property
@@ -104,12 +104,22 @@ class Cascade(Classifier):
         self.stages = _check_stages(stages)
         n = len(self.stages)
         given = n * [1.0] if temperatures is None else temperatures
-        self.temperatures = _numbers(given, n, "temperature")
-        self.thresholds = _numbers(thresholds, n - 1, "threshold", most=1.0)
+        temperatures = _numbers(given, n, "temperature")
+        thresholds = _numbers(thresholds, n - 1, "threshold", most=1.0)
         models = [stage.model for stage in self.stages]
-        self.model = CascadeModel(models, self.thresholds, self.temperatures)
+        self.model = CascadeModel(models, thresholds, temperatures)
         first = self.stages[0]
         self.tokenizer, self.max_length = first.tokenizer, first.max_length
+
+    @property
+    def thresholds(self) -> list[float]:
+        "The least confidence to answer with, of all stages but the last."
+        return self.model.thresholds
+
+    @property
+    def temperatures(self) -> list[float]:
+        "Of each stage."
+        return self.model.temperatures
 
     def encode(
         self,
@@ -145,8 +155,7 @@ class Cascade(Classifier):
             if not len(left): break
             z = answer(stage, left.tolist()) / T
             result[left] = z
-            confidence = z.softmax(1).max(1).values
-            left = left[(confidence < least) | (least == 1)]
+            left = left[_is_deferred(z.softmax(1).max(1).values, least)]
         return result
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #933b7947
@@ -171,11 +180,17 @@ def _numbers(values: Sequence[float], n: int, name: str, most: float = 100.0) ->
     raise EcomoptError(what, "Cascade", f"Give {n}, each above 0 and at most {most:g}.")
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #1323ed88
+def _is_deferred(confidence, threshold: float):
+    "Which texts (of a tensor or an array) go on; with a threshold of 1 all, also those at 1."
+    return (confidence < threshold) | (threshold == 1)
+
+
 def _threshold(confidence: np.ndarray, deferred: int) -> float:
     "The threshold that defers so many of the texts."
     ordered = np.sort(confidence)
+    if deferred == len(ordered): return 1.0
     if not deferred: return float(ordered[0] / 2)
-    return float((ordered[deferred - 1] + ordered[min(deferred, len(ordered) - 1)]) / 2)
+    return float((ordered[deferred - 1] + ordered[deferred]) / 2)
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #cd190455
 def deferral_table(
@@ -190,8 +205,8 @@ def deferral_table(
     actual = np.asarray(labels)
     rows = []
     for count in np.unique(np.linspace(0, len(actual), points).round().astype(int)):
-        threshold = 1.0 if count == len(actual) else _threshold(confidence, count)
-        is_deferred = (confidence < threshold) | (threshold == 1)
+        threshold = _threshold(confidence, count)
+        is_deferred = _is_deferred(confidence, threshold)
         answers = np.where(is_deferred, second, first)
         right, teacher = answers == actual, second == actual
         lost, gained = int((teacher & ~right).sum()), int((right & ~teacher).sum())
@@ -224,8 +239,8 @@ def fit_cascade(
         confidence = z[left].softmax(1).max(1).values.numpy()
         if max_drop is None: count = min(len(left), round(target * len(labels)))
         else: count = _fewest(z[left], found[-1][left], labels[left], most)
-        thresholds.append(_threshold(confidence, count) if count < len(left) else 1.0)
-        left = left[(confidence < thresholds[-1]) | (thresholds[-1] == 1)]
+        thresholds.append(_threshold(confidence, count))
+        left = left[_is_deferred(confidence, thresholds[-1])]
         if not len(left): left = np.arange(len(labels))  # nothing reaches the next stage
     return Cascade(stages, thresholds, temperatures)
 

@@ -463,9 +463,9 @@ def _check_model(classifier: Classifier) -> None:
     if isinstance(classifier.model, ConvertedModel): classifier.model.get_input_embeddings()
     is_int8 = any(isinstance(module, Int8Linear) for module in classifier.model.modules())
     if not is_int8 and isinstance(classifier.model, PreTrainedModel): return
-    what = f"A {type(classifier.model).__name__} is no transformer, or it is quantized already."
+    kind = "quantized already" if is_int8 else f"no transformer: {type(classifier.model).__name__}"
     do = "Convert the float model, precision='int8' quantizes it; of a cascade, convert the stages."
-    raise EcomoptError(what, "convert", do)
+    raise EcomoptError(f"The model is {kind}.", "convert", do)
 
 
 def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]) -> Classifier:

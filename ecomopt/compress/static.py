@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .. import EcomoptError
 from .distill import distill
-from .structured import _trim_tokenizer
+from .structured import _check_trimmable, _trim_tokenizer
 from ..core.artifact import Rebuildable
 from ..core.checks import _text_rows, _whole_number
 from ..core.data import Task
@@ -131,12 +131,11 @@ def _check_static(teacher: Classifier, texts: Sequence[str], **numbers: int) -> 
     for name, value in numbers.items(): _whole_number(value, name)
     if not _text_rows(texts):
         raise EcomoptError("There are no texts.", "static_model", "Pass the shop's texts.")
-    name = type(teacher.model).__name__
-    backend = getattr(teacher.tokenizer, "backend_tokenizer", None)
-    is_known = backend is not None and type(backend.model).__name__ in ("WordPiece", "BPE")
-    if isinstance(teacher.model, PreTrainedModel) and is_known: return
-    what = f"{name} with a {type(teacher.tokenizer).__name__} cannot teach a static student."
     do = "Pass the float model as it was before conversion, with a fast tokenizer."
+    _check_trimmable(teacher.tokenizer, do)
+    if isinstance(teacher.model, PreTrainedModel): return
+    names = (type(one).__name__ for one in (teacher.model, teacher.tokenizer))
+    what = "{} with a {} cannot teach a static student.".format(*names)
     raise EcomoptError(what, "static_model", do)
 
 # %% ../../nbs/compress/29_static.ipynb #737d8ce0

@@ -261,16 +261,18 @@ def _trim_vocabulary(classifier: Classifier, texts: list[str]) -> Classifier:
     return replace(classifier, tokenizer=tokenizer)
 
 # %% ../../nbs/compress/22_structured.ipynb #e5ca1e7e
-_STEP = _Step("prune_structured", "prune", "prune_structured")
+def _check_trimmable(tokenizer: PreTrainedTokenizerBase, do: str) -> None:
+    "Raise unless tokens can be removed from a vocabulary."
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(backend.model).__name__ in ("WordPiece", "BPE"): return
+    what = "Only vocabularies of fast WordPiece and byte-pair tokenizers can be trimmed."
+    raise EcomoptError(what, type(tokenizer).__name__, do)
 
 
 def _check_texts(classifier: Classifier, texts: Iterable[str]) -> list[str]:
     "The texts as a list, if they are texts and the vocabulary can be trimmed."
     texts = _STEP.check_texts(texts, "These are not texts")
-    backend = getattr(classifier.tokenizer, "backend_tokenizer", None)
-    if backend is None or type(backend.model).__name__ not in ("WordPiece", "BPE"):
-        what = "Only vocabularies of fast WordPiece and byte-pair tokenizers can be trimmed."
-        raise EcomoptError(what, type(classifier.tokenizer).__name__, "Leave texts out.")
+    _check_trimmable(classifier.tokenizer, "Leave texts out.")
     if type(classifier.model.get_input_embeddings()) is not nn.Embedding:
         what = "The embedding is of another kind, perhaps quantized."
         raise EcomoptError(what, "argument texts", "Prune first, then quantize.")
@@ -285,6 +287,9 @@ def _check(classifier: Classifier, texts, first_token: bool, importance: str, ta
     return [] if texts is None else _check_texts(classifier, texts)
 
 # %% ../../nbs/compress/22_structured.ipynb #dde53b61
+_STEP = _Step("prune_structured", "prune", "prune_structured")
+
+
 def _plan_layer(model: PreTrainedModel, layer: nn.Module, i: int, kind: str, keep: int) -> _Units:
     "The units of kept layer i, if `keep` of them can be kept."
     config, where = model.config, f"argument {kind}, layer {i}"

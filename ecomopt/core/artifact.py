@@ -279,6 +279,12 @@ def _stage_names(number: int) -> list[str]:
     "The directories of a cascade's stages."
     return [f"stage{i}" for i in range(number)]
 
+
+def _stages(model: Classifier) -> dict[str, Classifier]:
+    "The stages of a cascade by the names of their directories; none of any other model."
+    stages = getattr(model, "stages", [])
+    return dict(zip(_stage_names(len(stages)), stages))
+
 # %% ../../nbs/core/13_artifact.ipynb #4b1f0c21
 _FIELDS = {  # of a manifest: whether a value is what it must be
     "kind": lambda value: isinstance(value, str) and value in _KINDS,
@@ -532,13 +538,13 @@ def _describe(model: Classifier, recipe: list, measurements: list) -> dict:
         raise EcomoptError(f"A {name} cannot be saved.", "argument model", do)
     about = dict(format=1, ecomopt=__version__, kind=name, max_length=model.max_length)
     about |= dict(recipe=recipe, measurements=measurements)
-    if name == "Cascade": about |= dict(modules={}, settings=model.model.spec())
+    stages = _stages(model)
+    if stages: about |= dict(modules={}, settings=model.model.spec())
     else: about |= dict(modules=_specs(model.model))
     try: about = json.loads(json.dumps(about))
     except (TypeError, ValueError, RecursionError) as error:
         what = f"The recipe, the measurements or a module is not plain data: {error}."
         raise EcomoptError(what, "save", "Use strings, numbers, lists and dictionaries.") from error
-    stages = _stage_names(len(getattr(model, "stages", [])))
     to_come = {"files": [_WEIGHTS, _CONFIG], "stages": stages}
     to_come = {field: dict.fromkeys(names, "0" * 64) for field, names in to_come.items()}
     fault = _fault(_DEFAULTS | about | to_come)
@@ -556,18 +562,18 @@ def _hashes(directory: Path) -> dict[str, str]:
     return {file.name: _sha256(file) for file in files}
 
 
-def _write(model: Classifier, part: Path, texts: dict[str, str]) -> dict:
-    "Write all files but the manifest; what it has to say of them."
+def _write(model: Classifier, tensors: dict, part: Path, texts: dict[str, str]) -> dict:
+    "Write all files but the manifest; the hashes of them, and of the manifests of stages."
     for name, text in texts.items(): (part / name).write_text(text, encoding="utf8")
-    if hasattr(model, "stages"):
+    stages = _stages(model)
+    if stages:
         files = _hashes(part)
-        saved = [save(stage, part / f"stage{i}") for i, stage in enumerate(model.stages)]
+        saved = [save(stage, part / name) for name, stage in stages.items()]
         return dict(files=files, stages={one.name: _sha256(one / _MANIFEST) for one in saved})
-    tensors, same = _tensors(model.model)
     model.model.config.save_pretrained(part)
     model.tokenizer.save_pretrained(part)
     save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
-    return dict(files=_hashes(part), same=same)
+    return dict(files=_hashes(part))
 
 # %% ../../nbs/core/13_artifact.ipynb #4b1f0c23
 def _check_texts(files: object) -> None:
@@ -591,11 +597,12 @@ def save(
     "Save a model as an artifact: weights, configuration, tokenizer, recipe, measurements, hashes."
     _check_texts(files or {})
     about = _describe(model, recipe or [], measurements or [])
-    tensors, _ = _tensors(model.model)
+    tensors, same = _tensors(model.model)
     _check_tensors(tensors, "the model to save", "Train it again, at a lower rate.")
     target = _check_target(path, sum(tensor.nbytes for tensor in tensors.values()))
     with _atomic_folder(target, _replace) as part:
-        text = json.dumps(about | _write(model, part, files or {}), indent=1)
+        about |= dict(same=same) | _write(model, tensors, part, files or {})
+        text = json.dumps(about, indent=1)
         (part / _MANIFEST).write_text(text, encoding="utf8")
     for aside in _scratch_folders(target, "old"): shutil.rmtree(aside, ignore_errors=True)
     return _user_path(path)

@@ -119,10 +119,10 @@ def _unscaled(position: float, given: tuple | list) -> object:
     "The value at a position of an option's range."
     if isinstance(given, list): return given[min(int(position * len(given)), len(given) - 1)]
     low, high = given[:2]
-    if len(given) > 2:
-        return float(f"{math.exp(math.log(low) + position * math.log(high / low)):.3g}")
-    value = low + position * (high - low)
-    return round(value) if isinstance(low, int) and isinstance(high, int) else float(f"{value:.3g}")
+    if len(given) > 2: value = math.exp(math.log(low) + position * math.log(high / low))
+    else: value = low + position * (high - low)
+    is_whole = len(given) == 2 and isinstance(low, int) and isinstance(high, int)
+    return round(value) if is_whole else float(f"{value:.3g}")
 
 # %% ../../nbs/optimize/51_candidates.ipynb #e8c2a389
 def _inside(value: object, given: tuple | list) -> object:

@@ -230,11 +230,14 @@ def _calibrate(
     return calibrate(model, random.Random(context.seed).sample(rows, min(n, len(rows))), method)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #e83c58be
+_RUNTIMES = "openvino", "nncf", "onnx", "onnxscript", "onnxruntime"
+
+
 @register_step(
     "convert",
     space={"runtime": ["openvino", "onnxruntime"], "precision": ["int8", "float32"]},
     cannot_follow=["static", "share_weights", "prepare_qat", *_FINAL],
-    packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
+    packages=_RUNTIMES,
 )
 def _convert(
     model, context, *,
@@ -258,7 +261,7 @@ def _large_stage(context: StepContext, runtime: str) -> Classifier:
     space={"deferred": (0.02, 0.4), "runtime": ["onnxruntime"]},
     cannot_follow=["cascade"],
     must_follow=["keep_layers", "prune_structured", "static"],
-    packages=["openvino", "nncf", "onnx", "onnxscript", "onnxruntime"],
+    packages=_RUNTIMES,
 )
 def _cascade(
     model, context, *, deferred: float = 0.1,
