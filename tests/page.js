@@ -24,7 +24,7 @@ window.page = {
     const link = document.querySelector('#quarto-sidebar .sidebar-link.active');
     if (!link) return document.title.startsWith('Page not found') ? [] : ['not marked'];
     const box = link.getBoundingClientRect();
-    return box.height && box.bottom <= innerHeight ? [] : ['out of sight'];
+    return box.height && box.top >= 0 && box.bottom <= innerHeight ? [] : ['out of sight'];
   },
 
   // Text with less contrast than 4.5 : 1 (3 : 1 if it is large).
