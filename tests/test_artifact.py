@@ -166,7 +166,7 @@ TOLERANCE = {
 
 
 def expected_logits(name):
-    """Those recorded. With VNNI, OpenVINO rounds activations to int8 before a product; elsewhere it multiplies floats."""
+    """Those recorded. With VNNI, OpenVINO rounds activations to int8 before a product; elsewhere it does not."""
     logits = {key: torch.tensor(value) for key, value in json.loads((OLD / "logits.json").read_text()).items()}
     with_int8 = any("vnni" in instruction for instruction in hardware._cpu()[1])
     return logits[name if with_int8 else f"{name} in floats"] if name == "llm_openvino" else logits[name]
