@@ -45,9 +45,9 @@ _HOMES = {
     "accelerate.runtime": "best_runtime convert",
     "accelerate.runtime_llm": "convert_language_model",
     "accelerate.cascade": "Cascade fit_cascade",
+    "accelerate.llama_cpp": "best_language_runtime",
     "tune.search": "GridSearch RandomSearch search",
-    "tune.bayes": "Tuner",
-    "tune.estimator": "TransformerClassifier",
+    "tune.bayes": "Tuner", "tune.estimator": "TransformerClassifier",
     "optimize.recipe": "Recipe", "optimize.candidates": "Goal",
     "optimize.report": "html_report model_card report",
     "optimize.language": "LanguageResult optimize_language_model",
@@ -60,6 +60,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 if TYPE_CHECKING:  # made by `make export` from the table above
     from ecomopt.accelerate.cascade import Cascade as Cascade
     from ecomopt.accelerate.cascade import fit_cascade as fit_cascade
+    from ecomopt.accelerate.llama_cpp import best_language_runtime as best_language_runtime
     from ecomopt.accelerate.runtime import best_runtime as best_runtime
     from ecomopt.accelerate.runtime import convert as convert
     from ecomopt.accelerate.runtime_llm import convert_language_model as convert_language_model

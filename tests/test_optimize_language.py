@@ -136,7 +136,7 @@ def test_the_first_is_the_cheapest_feasible_or_the_closest(goal, first):
 def test_all_candidates_are_tried_and_one_wins(result, lm):
     found, seen = result
     data, table = found.data, found.table
-    assert [t.number for t in seen] == list(range(len(table))) and len(table) == 8
+    assert [t.number for t in seen] == list(range(len(table))) and len(table) == 2 + len(language._CANDIDATES)
     assert found.feasible and table["winner"].sum() == 1 and all(gate["passed"] for gate in data["gates"])
     row = table[table["winner"]].iloc[0]
     fair = table[(table["status"] == "trained") & (table["perplexity_change"] <= 0.5)]

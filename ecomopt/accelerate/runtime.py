@@ -67,13 +67,14 @@ _BASELINE = "eager float32"
 def _require(
     packages: Sequence[str],  # that must be installed
     runtime: str,             # that needs them
+    extra: str = "runtimes",  # of this package, that installs them
 ) -> None:
     "Raise if a package of a runtime is not installed."
     try:
         for package in packages: version(package)
     except PackageNotFoundError as error:
         what = f"The runtime {runtime} is not installed: there is no {error.name}."
-        do = 'Install it with: pip install "ecomopt[runtimes]"'
+        do = f'Install it with: pip install "ecomopt[{extra}]"'
         raise EcomoptError(what, "argument runtime", do) from error
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #fbdef81f
@@ -266,7 +267,7 @@ class RuntimeFiles(ConvertedModel):
     ):
         super().__init__()
         vars(self).update(config=config, sizes=sizes, **others)
-        _require(RUNTIMES[self.runtime][:1], self.runtime)
+        self.require()
         for suffix, size in sizes.items():
             self.register_buffer(suffix, torch.empty(size, dtype=torch.uint8))
 
@@ -278,6 +279,10 @@ class RuntimeFiles(ConvertedModel):
     ) -> "RuntimeFiles":  # with the right sizes; its bytes are not loaded yet
         "Build an empty model with the configuration of `old`."
         return cls(old.config, **spec)
+
+    def require(self) -> None:
+        "Raise if the runtime is not installed."
+        _require(RUNTIMES[self.runtime][:1], self.runtime)
 
     @classmethod
     def from_folder(

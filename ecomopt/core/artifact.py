@@ -59,6 +59,7 @@ _KINDS = {  # what an artifact may hold: the module of its class, and what build
 _CLASSES = {  # the modules that may be rebuilt, by the Python module of their class
     "ecomopt.accelerate.runtime": "TorchRuntime GraphRuntime",
     "ecomopt.accelerate.runtime_llm": "LanguageRuntime",
+    "ecomopt.accelerate.llama_cpp": "LlamaCppRuntime",
     "ecomopt.compress.calibrate": "StaticLinear",
     "ecomopt.compress.qat": "FakeQuantLinear",
     "ecomopt.compress.quantize": "Int8Linear Int8Layer QuantizedEmbedding",

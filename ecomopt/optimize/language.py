@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,8 @@ _CANDIDATES = [  # besides the original; the quickest to make first
     [{"cast": {"precision": "bfloat16"}}],
     *[[{"quantize_language_model": {"bits": bits}}] for bits in (8, 4)],
     *[[{"convert_language_model": {"bits": bits}}] for bits in (8, 4, 32)],
+    *[[{"convert_language_model": {"bits": bits, "runtime": "llama.cpp"}}] for bits in (8, 4)
+      if find_spec("llama_cpp")],
 ]
 
 # %% ../../nbs/optimize/53_language.ipynb #c56e2b26
