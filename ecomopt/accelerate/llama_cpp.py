@@ -243,7 +243,9 @@ class LanguageRuntimeChoice:
     def _repr_html_(self) -> str: return self.table._repr_html_()
 
 
-def _converted(lm: LanguageModel, runtimes: Sequence[str], bits: Sequence[int]) -> tuple[dict, dict]:
+def _converted(
+    lm: LanguageModel, runtimes: Sequence[str], bits: Sequence[int]
+) -> tuple[dict[str, LanguageModel], dict[str, str]]:
     "Converted models, and the reasons of those that could not be, by name."
     models, notes = {"PyTorch": lm}, {}
     for runtime in runtimes:
