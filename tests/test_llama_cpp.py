@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from ecomopt.accelerate.llama_cpp import best_language_runtime, write_gguf
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ecomopt import EcomoptError, load, save
+from ecomopt.accelerate.llama_cpp import best_language_runtime, write_gguf
 from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding
 from ecomopt.compress.quantize_llm import quantize_language_model
 from ecomopt.core.generate import greedy_decoding, losses
