@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ecomopt import EcomoptError, load, save
 from ecomopt.accelerate.llama_cpp import best_language_runtime, write_gguf
-from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding
+from ecomopt.accelerate.runtime_llm import convert_language_model
 from ecomopt.compress.quantize_llm import quantize_language_model
 from ecomopt.core.generate import greedy_decoding, losses
 
@@ -93,13 +93,6 @@ def test_few_bits_give_the_logits_of_the_same_bits_in_pytorch(lm, converted, bit
     with torch.inference_mode():
         wanted, logits = quantize_language_model(lm, bits).model(ids).logits, converted[bits].model(ids).logits
     assert (logits - wanted).norm() < 0.1 * wanted.norm()  # llama.cpp rounds the inputs of products, too
-
-
-@pytest.mark.parametrize("k", [0, 3, 8])
-def test_drafts_change_nothing(lm, converted, k):
-    for row in lm.encode(TEXTS):
-        tokens, _ = prompt_lookup_decoding(converted[32].model, row, 30, num_draft_tokens=k)
-        assert tokens == greedy_decoding(lm.model, [row], 30)[0]
 
 
 def test_a_cache_that_is_full_moves_into_a_larger_one(lm, converted):

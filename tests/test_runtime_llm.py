@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import runtime_llm
-from ecomopt.accelerate.runtime_llm import convert_language_model, prompt_lookup, prompt_lookup_decoding
+from ecomopt.accelerate.runtime_llm import (
+    LANGUAGE_RUNTIMES,
+    convert_language_model,
+    prompt_lookup,
+    prompt_lookup_decoding,
+)
 from ecomopt.compress.quantize_llm import quantize_language_model
 from ecomopt.core.artifact import load, save
 from ecomopt.core.generate import greedy_decoding, losses
@@ -82,11 +87,18 @@ def test_one_text_at_a_time(lm, converted):
         with pytest.raises(EcomoptError, match="forgotten"): converted[32].model(ids, past_key_values=old)
 
 
+@pytest.fixture(scope="module", params=LANGUAGE_RUNTIMES)
+def exact(request, lm):
+    """The model in float32 in each runtime."""
+    if request.param == "llama.cpp": pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from source")
+    return convert_language_model(lm, 32, runtime=request.param)
+
+
 @pytest.mark.parametrize("k", [0, 3, 8])
-def test_drafts_change_nothing_in_a_converted_model(lm, converted, k):
-    for row in lm.encode(TEXTS):
-        tokens, _ = prompt_lookup_decoding(converted[32].model, row, 30, num_draft_tokens=k)
-        assert tokens == greedy_decoding(lm.model, [row], 30)[0]
+def test_drafts_change_nothing_in_a_converted_model(lm, exact, k):
+    for row in lm.encode([*TEXTS, "good"]):
+        tokens, calls = prompt_lookup_decoding(exact.model, row, 30, num_draft_tokens=k)
+        assert tokens == greedy_decoding(lm.model, [row], 30)[0] and (calls == 30 if k == 0 else calls <= 30)
 
 
 def test_a_batch_goes_on_where_it_was_cropped(lm, converted):

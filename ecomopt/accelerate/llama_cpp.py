@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 # %% ../../nbs/accelerate/37_llama_cpp.ipynb #ea458c06
 from .. import EcomoptError
-from .runtime import _require
 from ecomopt.accelerate.runtime_llm import (
     LANGUAGE_RUNTIMES,
     LanguageRuntime,
@@ -149,10 +148,11 @@ class _Context:
     def advance(self, ids: np.ndarray, mask: np.ndarray, keep: int) -> np.ndarray:
         "Logits [B, keep, V] after more tokens [B, L]; the mask [B, length + L] has 0 for padding."
         (B, L), new = ids.shape, mask[:, -ids.shape[1]:]
-        end = self.seen.sum(1) + new.sum(1)
-        if end.max() > self.capacity: self.reserve(2 * int(end.max()))
+        before = self.seen.sum(1)
+        longest = int((before + new.sum(1)).max())
+        if longest > self.capacity: self.reserve(2 * longest)
         rows, columns = np.nonzero(new)
-        positions = (self.seen.sum(1)[:, None] + new.cumsum(1) - 1)[rows, columns]
+        positions = (before[:, None] + new.cumsum(1) - 1)[rows, columns]
         first = L - (keep or L)
         logits = np.zeros((B, L - first, self.model.config.vocab_size), np.float32)
         for start in range(0, len(rows), _CHUNK):
@@ -211,11 +211,6 @@ class LlamaCppRuntime(LanguageRuntime):
     "A language model as a GGUF file, run by llama.cpp; each text has its own KV cache."
     kv_cache = _Context
 
-    def require(self) -> None:
-        "Raise if llama-cpp-python is not installed."
-        package, extra, _ = LANGUAGE_RUNTIMES[self.runtime]
-        _require((package,), self.runtime, extra)
-
     def create_session(self) -> _Loaded:
         "Load the file."
         return _Loaded(self.files()["gguf"])
@@ -224,7 +219,7 @@ class LlamaCppRuntime(LanguageRuntime):
 def _make(lm: LanguageModel, bits: int) -> LanguageModel:
     "Convert for llama.cpp, and compare with PyTorch: in floats, then with fewer bits."
     model = lm.model
-    for width in {32, bits}:
+    for width in dict.fromkeys((32, bits)):  # in this order: the last one is returned
         with tempfile.TemporaryDirectory() as folder:
             write_gguf(model, Path(folder) / "model.gguf", width)
             spec = dict(runtime="llama.cpp", bits=width, weights=count_parameters(model))

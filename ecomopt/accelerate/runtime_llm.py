@@ -46,6 +46,12 @@ LANGUAGE_RUNTIMES = {  # the package that each needs, the extra that installs it
 }
 
 
+def _require_language_runtime(runtime: str) -> None:
+    "Raise if the package of a runtime is not installed."
+    package, extra, _ = LANGUAGE_RUNTIMES[runtime]
+    _require((package,), runtime, extra)
+
+
 def prompt_lookup(
     tokens: list[int],          # of the prompt and the text so far
     ngram_size: int = 3,        # the most last tokens to search for
@@ -261,6 +267,10 @@ class LanguageRuntime(RuntimeFiles):
     settings = "sizes", "runtime", "bits", "weights"
     kv_cache = _KVCache
 
+    def require(self) -> None:
+        "Raise if the runtime is not installed."
+        _require_language_runtime(self.runtime)
+
     def create_session(self) -> Callable:  # an `openvino.CompiledModel`
         "Compile for this CPU, with sums and KV cache in float32."
         return _open_openvino_model(self.files(), torch.get_num_threads())
@@ -355,7 +365,7 @@ def _check(lm: LanguageModel, bits: int, runtime: str) -> int:
         raise EcomoptError(f"Weights of {bits!r} bits.", "argument bits", "Give 32, 8 or 4.")
     if runtime not in LANGUAGE_RUNTIMES:
         raise _unknown("runtime", runtime, LANGUAGE_RUNTIMES, "argument runtime")
-    _require(LANGUAGE_RUNTIMES[runtime][:1], runtime, LANGUAGE_RUNTIMES[runtime][1])
+    _require_language_runtime(runtime)
     if any(isinstance(module, Rebuildable) for module in lm.model.modules()):
         do = "Pass the float model; bits=4 and bits=8 quantize it."
         raise EcomoptError("It is quantized or converted already.", "argument lm", do)

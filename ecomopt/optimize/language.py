@@ -286,7 +286,7 @@ class _Search:
         self.notes.append(f"The budget ended before this candidate: {name}.")
 
     def fastest_torch(self) -> LanguageTrial:
-        "The best trial in PyTorch, where a KV cache can be cut."
+        "The best trial in PyTorch: draft tokens are tried on it."
         ranked = _ranked(self.trials, self.goal)
         return next(t for t in ranked if not any("convert_language_model" in s for s in t.steps))
 
