@@ -71,7 +71,8 @@ def record(n: int) -> None:
     search = _Search(context(), Goal(), math.inf, THREADS, 1, None)
     search.prepare()
     space, known = space_of(search), set(pd.read_csv(TABLE)["steps"]) if TABLE.exists() else set()
-    listed = [json.dumps(_sized(steps, space)) for steps in _PRIORS]
+    sized = (_sized(steps, space) for steps in _PRIORS)
+    listed = [json.dumps(steps) for steps in sized if steps is not None]
     drawn = (json.dumps(steps) for _, steps in space.propose(np.random.default_rng(0), [], 20_000))
     new = [steps for steps in dict.fromkeys([*listed, *drawn]) if steps not in known][:n]
     for steps in new:

@@ -96,6 +96,15 @@ def test_alpha_0_is_the_plain_trainer():
 
 
 @pytest.mark.slow
+def test_the_old_name_of_the_tokenizer_is_accepted_with_a_hint():
+    student = tiny.classifier(seed=1, layers=1)
+    given = dict(train_dataset=rows(student), teacher_model=tiny.classifier().model)
+    with pytest.warns(UserWarning, match="processing_class"):
+        trainer = DistillationTrainer(student.model, arguments(), tokenizer=student.tokenizer, **given)
+    assert trainer.processing_class is student.tokenizer
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_one_batch_of_32_is_four_of_8(alpha):
     one = trained(arguments(32), teacher_model=tiny.classifier().model, alpha=alpha)

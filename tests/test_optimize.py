@@ -1,15 +1,20 @@
 """One call: a winner always, gates, limits, unbalanced classes, interruption, bad input, the command line."""
 import contextlib
+import html
 import inspect
 import json
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -88,11 +93,15 @@ def module_report(path: Path) -> str:
 
 def test_the_recipe_makes_the_same_model_again(result, task, teacher):
     again = result.recipe.run(task, teacher, measure=False)
+    first, second = (model.model.state_dict() for model in (result.model, again.model))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert again.model.predict(task.test["text"][:]) == result.model.predict(task.test["text"][:])
+    assert result.data["reproducible"] == module._SAME, "no runtime whose files differ"
 
 
 def test_the_front_is_a_front_and_tables_are_whole(result):
-    known = [t for t in result.data["trials"] if t["drop"] is not None and t["status"] == "trained"]
+    known = [t for t in result.data["trials"] if t["is_complete"] and t["status"] == "trained"]
+    assert not any(t["pareto"] for t in result.data["trials"] if t not in known), "costs and drop of one model"
     def costs(t): return (t["drop"], t["latency_ms"], t["disk_bytes"])
     def is_dominated(b):
         return any(all(x <= y for x, y in zip(costs(a), costs(b))) and costs(a) != costs(b) for a in known)
@@ -122,6 +131,83 @@ def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path, no_fresh_
     assert not found.feasible and "times the disk_bytes of the limit" in found.data["reason"]
     assert any("cannot be kept" in note for note in found.data["notes"])
     assert load(found.save(tmp_path / "closest")).labels == task.labels
+
+
+def test_a_limit_that_only_one_kind_of_student_keeps_is_possible(task, teacher):
+    search = module._Search(StepContext(task, teacher), Goal(), 10.0, 1, 1, None)
+    search.prepare()
+    recipes = [steps for steps in (module._sized(steps, search.space) for steps in module._SMALLEST) if steps]
+    assert {next(iter(steps[0])) for steps in recipes} == {"static", "prune_structured", "keep_layers"}
+    sizes = [search.costs(module.build_untrained(steps, search.context), 1, 10)["disk_bytes"] for steps in recipes]
+    search.goal = Goal(max_bytes=int(min(sizes)))
+    assert search.is_possible() and not search.impossible
+    search.goal = Goal(max_bytes=int(min(sizes)) - 1)
+    with pytest.warns(UserWarning, match="typically"): assert not search.is_possible()
+
+
+def test_a_fault_of_another_library_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process):
+    def broken(*arguments): raise RuntimeError("it fell over\nand more")
+    for name in ("build_untrained", "_trained"): monkeypatch.setattr(module, name, broken)
+    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=10**9), "10s")
+    assert found.model is teacher and found.feasible
+    assert any(t["why"] == "RuntimeError: it fell over" for t in found.data["trials"])
+
+
+def test_interruption_at_the_end_leaves_the_best_so_far(task, teacher, monkeypatch, no_fresh_process):
+    calls, tested = [], module._tested
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return tested(*arguments)
+    monkeypatch.setattr(module, "_tested", interrupted)
+    found = optimize(task, teacher, Goal(max_drop=0.2), "5s")
+    assert found.feasible and len(calls) == 2 and any("interrupted" in note for note in found.data["notes"])
+
+
+def test_texts_without_words_have_a_baseline():
+    rows = [{"text": "👍👎"[i % 2] * (1 + i % 3), "label": i % 2, "group": str(i)} for i in range(40)]
+    texts = Dataset.from_list(rows)
+    signs = Task("signs", ("good", "bad"), texts, texts, texts, texts.select([]))
+    found = module._tfidf(signs, texts["text"][:], np.array(texts["label"]))
+    assert found["accuracy"] == 1.0 and found["disk_bytes"] > 0
+
+
+def test_without_a_model_the_default_teacher_is_fine_tuned(task, teacher, monkeypatch, no_fresh_process):
+    asked = []
+    def tuned(*arguments, **options):
+        asked.append((*arguments, options))
+        return teacher
+    monkeypatch.setattr(module, "finetune", tuned)
+    found = optimize(task, goal=Goal(max_drop=0.2), budget="2s", seed=3)
+    assert asked == [("minilm", task, {"seed": 3})] and found.feasible
+
+
+def test_trials_run_in_parallel(task, teacher, no_fresh_process):
+    found = optimize(task, teacher, Goal(max_drop=0.2), "10s", n_jobs=2)
+    assert found.feasible and any(t["fraction"] for t in found.data["trials"])
+
+
+def test_a_search_runs_in_one_process(task, teacher, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EcomoptError, match="one process"): optimize(task, teacher)
+
+
+@pytest.mark.parametrize(("against", "said"), [("met", "No transformer is needed"), ("not resolvable", "too small"),
+                                               ("not met", "")])
+def test_the_notes_say_what_the_baseline_means(task, teacher, against, said):
+    search = SimpleNamespace(task=task, texts=[""] * 100, goal=Goal(), impossible=None, is_interrupted=False)
+    verdict, baseline = SimpleNamespace(disagreement=0.1), SimpleNamespace(outcome=against)
+    notes = module._notes(search, verdict, baseline)
+    assert any(said in note for note in notes if "standard error" not in note) == bool(said)
+    assert "standard error of 3.2 points" in notes[0], "the valid split of 100 texts cannot tell"
+
+
+def test_unbalanced_classes_are_said_before_work(task, teacher, monkeypatch):
+    rows = Dataset.from_list([r for i, r in enumerate(task.train) if r["label"] == 1 or i % 12 == 0])
+    def stop(*arguments): raise InterruptedError
+    monkeypatch.setattr(module, "_Search", stop)
+    with pytest.warns(UserWarning, match="macro_f1"), pytest.raises(InterruptedError):
+        optimize(replace(task, train=rows), teacher)
 
 
 def test_interruption_finishes_with_the_best_so_far(task, teacher, no_fresh_process):
@@ -165,6 +251,11 @@ def test_any_architecture_and_what_it_does_not_support_is_said(name, tmp_path, n
     except EcomoptError: return  # the table of the site says which and why
     found = optimize(tiny.task(120), teacher, Goal(max_drop=0.5), "4s", threads=1)
     assert found.feasible and all(one["why"] for one in found.data["left_out"])
+    outcomes = json.loads(architectures.TABLE.read_text("utf8"))[name]
+    context = StepContext(tiny.task(120), teacher)
+    tried = {step for step, kind in step_kinds().items() if kind.ranges(context) and not kind.trains}
+    refused = {step for step, outcome in outcomes.items() if outcome.startswith("refused")} & tried
+    assert refused <= {one["what"].split()[0] for one in found.data["left_out"]}
     again = load(found.save(tmp_path / "small"))
     assert again.predict(["good", "bad battery"]) == found.model.predict(["good", "bad battery"])
 
@@ -184,7 +275,8 @@ def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path, no_fresh_
 
 @pytest.mark.parametrize("change, match", [
     (dict(budget=0), "budget"), (dict(budget="soon"), "budget"), (dict(goal=0.01), "goal"),
-    (dict(n_jobs=0), "n_jobs"), (dict(threads=0), "threads"), (dict(seed=-1), "seed"),
+    (dict(n_jobs=0), "n_jobs"), (dict(goal=Goal(max_perplexity=0.02)), "perplexity"),
+    (dict(threads=0), "threads"), (dict(seed=-1), "seed"),
 ])
 def test_wrong_arguments_are_refused_before_work(task, teacher, change, match):
     start = time.perf_counter()
@@ -250,6 +342,40 @@ def test_the_main_job_in_one_line(shop):
     assert measured["sentences"] == 60
     labelled = run(shop, "predict", "small", "reviews.csv", "--text", "review").stdout.splitlines()
     assert labelled[0] == "review,stars,label,score" and len(labelled) == 301
+
+
+def test_the_command_of_the_report_makes_the_model_again(shop, result):
+    result.save(shop / "found")
+    (shop / "recipe.yaml").write_text(result.data["recipe"])
+    page = html.unescape(module_report(shop / "found"))
+    words = shlex.split(re.search("ecomopt (recipe run .*)", page)[1].split("<")[0])
+    words = [{"DATA": "reviews.csv", "TEACHER": "teacher"}.get(word, word) for word in words]
+    ran = invoke(shop, *words, *COLUMNS[1:], "--json")
+    assert ran.exit_code == 0, ran.output
+    assert load(shop / "again").labels == result.model.labels
+
+
+def test_an_unforeseen_fault_is_exit_code_3(shop, monkeypatch):
+    def broken(*arguments, **options): raise ZeroDivisionError("it fell over")
+    monkeypatch.setattr(module, "optimize", broken)
+    ran = invoke(shop, "optimize", *COLUMNS, "--model", "teacher", "--budget", "2s", "--out", "never")
+    assert ran.exit_code == 3 and "ZeroDivisionError: it fell over" in ran.stderr and not (shop / "never").exists()
+
+
+def test_a_file_in_the_place_of_the_report_is_refused_before_work(shop, monkeypatch):
+    monkeypatch.setattr(module, "optimize", None)
+    (shop / "mine-report.html").write_text("mine")
+    ran = invoke(shop, "optimize", *COLUMNS, "--model", "teacher", "--budget", "2s", "--out", "mine")
+    assert ran.exit_code == 2 and "another file" in ran.stderr and (shop / "mine-report.html").read_text() == "mine"
+
+
+def test_every_command_prints_json(shop):
+    def printed(*words): return json.loads(invoke(shop, *words, "--json").stdout)
+    assert {"name", "MB"} <= printed("assets")[0].keys()
+    found = printed("quantize", "teacher", "--out", "eight")
+    assert found["artifact"] == "eight" and found["disk_bytes"] < found["from_disk_bytes"]
+    found = printed("distill", "teacher", *COLUMNS, "--layers", "1", "--out", "short")
+    assert found["disk_bytes"] == disk_bytes(shop / "short")
 
 
 def test_a_goal_that_is_not_met_is_exit_code_1(shop, no_fresh_process):

@@ -79,7 +79,9 @@ def data() -> dict:
                         throughput=20_000.0, disk_bytes=400_000)],
         recall={"negative": dict(teacher=0.8, winner=0.72, n=268), "positive": dict(teacher=0.9, winner=0.9, n=321)},
         flips=[dict(text="Not bad.", label="positive", teacher="positive", winner="negative")],
-        batches=[dict(batch_size=32, teacher_ms=8.4, winner_ms=0.7)], trials=TRIALS,
+        batches=[dict(batch_size=1, teacher_ms=16.0, winner_ms=1.3, teacher_p95_ms=20.0, winner_p95_ms=2.0,
+                      teacher_p99_ms=31.0, winner_p99_ms=2.5), dict(batch_size=32, teacher_ms=8.4, winner_ms=0.7)],
+        trials=TRIALS,
         costs={"smallest": dict(latency_ms=0.6, disk_bytes=2_000_000),
                "largest": dict(latency_ms=16.0, disk_bytes=90_000_000)},
         left_out=[dict(what="OpenVINO", why="not installed")],
@@ -165,8 +167,17 @@ def test_a_page_is_complete_and_well_formed(data):
         "Verdict", "4,770", "recipe 3", "slower than 5 ms", "out of memory", "says one class for all",
         "OpenVINO", "not installed", "TF-IDF", "Not bad.", "p99", "batch size", "a CPU", "2026-11-28 15:32", "torch",
         "abc123", "the same bytes", "alone and in a batch", "A note.", "It is the fastest.", "ecomopt serve small",
-        "ecomopt recipe run recipe.yaml", "load('small')", "truncated", "macro-F1", "Steps of the winner",
+        "ecomopt recipe run recipe.yaml DATA", "16 ms / 20 ms / 31 ms", "8.4 ms", "load('small')", "truncated",
+        "macro-F1", "Steps of the winner",
     ))
+
+
+def test_several_test_sets_have_a_table(data):
+    assert "test set" not in text_of(html_report(data))
+    for who, fractions in (("teacher", (0.9, 0.8)), ("winner", (0.875, 0.81))):
+        data[who]["tests"] = {name: {"accuracy": a} for name, a in zip(("amazon", "pooled"), fractions)}
+    page = text_of(html_report(data))
+    assert "Accuracy by test set" in page and "amazon" in page and "87.5" in page
 
 
 def test_a_page_needs_no_network(data, language):

@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tools import pages
 from tools.charts import number, tradeoff
 from tools.run import notebooks
-from tools.site import IMPORT, ROOT, build, figure, looks, staged, translate
+from tools.site import IMPORT, ROOT, build, figure, looks, staged, translate, with_terms
 
 pytestmark = pytest.mark.xdist_group("site")
 
@@ -65,6 +65,18 @@ def test_unknown_math_is_an_error():
 def test_links_lose_their_number():
     assert translate("[a](../compress/20_distill.ipynb#idea)") == "[a](../compress/distill.ipynb#idea)"
     assert translate("[b](01_quickstart.ipynb)") == "[b](quickstart.ipynb)"
+
+
+def test_the_first_use_of_a_term_leads_to_the_glossary():
+    page, seen = Path("compress/distill.qmd"), set()
+    def linked(text): return with_terms(text, seen, page)
+    to = 'class="term" href="../explain/transformer.html#term'
+    assert linked("A Student has\ntokens.") == f'A <a {to}-student">Student</a> has\n<a {to}-token">tokens</a>.'
+    assert linked("The student's tokens") == "The student's tokens", "once on a page"
+    for text in ("## Sparsity", "`sparsity`", "$sparsity$", "[sparsity](x.ipynb)", "```\nsparsity\n```", "non-sparsity",
+                 "| sparsity |", '<a id="sparsity">', "::: {title=\"sparsity\"}", "* A. Author. *Sparsity.* 2020."):
+        assert linked(text) == text
+    assert f"{to}-kv-cache" in linked("its KV\ncache") and "KV\ncache</a>" not in linked("its KV cache")
 
 
 def test_equations_are_linked_where_they_are():

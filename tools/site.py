@@ -6,6 +6,7 @@ SITE_URL, the address that the site will have, makes its addresses absolute wher
 """
 import ast
 import base64
+import functools
 import os
 import re
 import shutil
@@ -66,13 +67,49 @@ def translate(markdown: str, numbers: frozenset[str] = frozenset()) -> str:
     return MARKUP.sub(piece, markdown)
 
 
+# ---------------------------------------------------------------- the glossary
+
+GLOSSARY = NBS / "explain" / "73_transformer.ipynb"
+AMBIGUOUS = set("batch graph head key layer mask parameter query runtime scale value weight".split())  # common words
+NOT_PROSE = r"""
+    ^\#.*$ | ^:::.*$ | ^[ ]*(?P<fence>`{3,}|~{3,}) .*? ^[ ]*(?P=fence) | `[^`\n]+` | \$\$.*?\$\$ | \$[^$\n]+\$
+  | !?\[[^\]]*\]\([^)]*\) | <[^>]+> | ^\|.*$ | ^\*\ .*\*.*$"""
+
+
+@functools.cache
+def glossary() -> tuple[dict[str, str], re.Pattern]:
+    "The anchor of each term of the glossary, and a pattern of what is no prose, or a term in it."
+    rows = re.findall(r'<a id=\\?"(term-[\w-]+)\\?"></a>([^|]+?) \|', GLOSSARY.read_text("utf8"))
+    terms = {re.sub(r" \(.*\)", "", name): anchor for anchor, names in rows for name in names.split(", ")}
+    terms = {name.lower(): anchor for name, anchor in terms.items() if name[0].isalpha() and name not in AMBIGUOUS}
+    words = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(terms, key=len, reverse=True))
+    pattern = rf"{NOT_PROSE} | (?<![\w-])(?P<term>{words})(?P<plural>s|es)?(?![\w-])"
+    return terms, re.compile(pattern, re.M | re.S | re.X | re.I)
+
+
+def with_terms(markdown: str, seen: set[str], page: Path) -> str:
+    "Markdown in which the first use of each term, of those not seen before on the page, leads to the glossary."
+    terms, pattern = glossary()
+    target = os.path.relpath(staged_name(GLOSSARY).with_suffix(".html"), page.parent)
+
+    def linked(m: re.Match) -> str:
+        anchor = m["term"] and terms[" ".join(m["term"].lower().split())]
+        if not anchor or anchor in seen: return m[0]
+        seen.add(anchor)
+        return f'<a class="term" href="{target}#{anchor}">{m[0]}</a>'
+
+    return pattern.sub(linked, markdown)
+
+
+# ---------------------------------------------------------------- pieces of a page
+
 def figure(png: str, caption: str, alt: str, width: int | None = None) -> str:
     "A picture with its caption and alt text, in HTML, which both renderers leave alone."
     wide, high = struct.unpack(">II", base64.b64decode(png[:32])[16:24])
     size = f'width="{width or wide}" height="{round(high * (width or wide) / wide)}"'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     image = f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" {size}>'
-    return f'<figure class="figure{" wide" * ((width or wide) > 740)}">{image}{below}</figure>'
+    return f'<figure class="figure{" wide" * ((width or wide) > 680)}">{image}{below}</figure>'
 
 
 def looks(source: str) -> dict:
@@ -167,10 +204,13 @@ class texts(Processor):
 
     def begin(self):
         prose = "\n".join(cell.source or "" for cell in self.nb.cells if cell.cell_type == "markdown")
-        self.numbers = frozenset(re.findall(r"\\tag\{(\d+)\}", prose))
+        self.numbers, self.seen = frozenset(re.findall(r"\\tag\{(\d+)\}", prose)), set()
+        self.has_terms = self.nb.file_.parent not in (NBS, GLOSSARY.parent)
 
     def cell(self, cell):
-        if cell.cell_type == "markdown" and cell.source: cell.source = translate(cell.source, self.numbers)
+        if cell.cell_type == "markdown" and cell.source:
+            if self.has_terms: cell.source = with_terms(cell.source, self.seen, self.nb.page_)
+            cell.source = translate(cell.source, self.numbers)
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             if "text/markdown" in data: data["text/markdown"] = translate("".join(data["text/markdown"]), self.numbers)

@@ -328,9 +328,8 @@ def _why_failed(error: Exception) -> str:
 def _attempt(name: str, tiny: Classifier, context: StepContext, options: dict) -> str | None:
     "Why a step cannot be applied; None if it can."
     before = [{other: {}} for other in sorted(step_kind(name).must_follow)[:1]]
-    try: made = apply_steps(tiny, [*before, {name: options}], context)
+    try: logits = apply_steps(tiny, [*before, {name: options}], context).logits(["a", "a b c"])
     except Exception as error: return _why_failed(error)
-    logits = made.logits(["a", "a b c"])
     return None if np.isfinite(logits.numpy()).all() else "Its logits are not finite."
 
 # %% ../../nbs/optimize/51_candidates.ipynb #ff8bd933
@@ -399,7 +398,8 @@ def _is_lost(before: int, after: int, n: int, most: float) -> bool:
 _SAME_ANSWERS = "same answers after reloading in a fresh process"
 _RELOAD = """import json, sys
 from ecomopt import load
-answers = load(sys.argv[1]).logits(json.load(sys.stdin)).tolist()
+model = load(sys.argv[1])
+answers = [model.labels, model.logits(json.load(sys.stdin)).tolist()]
 open(sys.argv[2], "w", encoding="utf8").write(json.dumps(answers))
 """
 
@@ -418,9 +418,10 @@ def _reloads(model: Classifier, texts: list[str]) -> dict:
     "Gate: saved, and loaded in a fresh process, it gives the same answers."
     texts = [text for text in texts if text.strip()][:64]
     answers, error = _in_fresh_process(model, _RELOAD, texts)
-    found = np.array(answers or [], np.float32)
-    expected = model.logits(texts).numpy()
-    same = found.shape == expected.shape and np.allclose(found, expected, atol=1e-4)
+    labels, logits = answers or ([], [])
+    found, expected = np.array(logits, np.float32), model.logits(texts).numpy()
+    same = labels == list(model.labels) and found.shape == expected.shape
+    same = same and np.allclose(found, expected, atol=1e-4)
     return _gate(_SAME_ANSWERS, same, f"{len(texts)} texts" if same else error or "differs")
 
 # %% ../../nbs/optimize/51_candidates.ipynb #68926078

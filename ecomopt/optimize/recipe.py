@@ -321,15 +321,20 @@ def _read_yaml(source: str | Path) -> object:
         raise EcomoptError(what, str(source)[:99], do) from error
 
 # %% ../../nbs/optimize/50_recipe.ipynb #432cb7ec
+def _check_one_process(what: str) -> None:
+    "Raise under torchrun, where each process would search or chain steps for itself."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
+    do = "Start it with python; its trainings may be run with torchrun before, and are found."
+    raise EcomoptError(f"{what} runs in one process.", "torchrun", do)
+
+
 def _check_effort(effort: dict, measure: bool) -> None:
     "Raise for options that `compare` does not have, and where a recipe cannot run."
     known = [*inspect.signature(compare).parameters][3:]
     for name in effort:
         if name not in known or not measure:
             raise _unknown("option", name, known if measure else [], "Recipe.run")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        do = "Start it with python; its trainings may be run with torchrun before, and are found."
-        raise EcomoptError("A recipe runs in one process.", "torchrun", do)
+    _check_one_process("A recipe")
 
 # %% ../../nbs/optimize/50_recipe.ipynb #e475aaea
 @dataclass(frozen=True)

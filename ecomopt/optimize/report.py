@@ -247,12 +247,20 @@ def _size_section(data: dict) -> list:
     measures |= {"parameters": ("parameters", millions), "macs": ("multiply-adds", millions)}
     return [_side_by_side(data, "Size of the models", measures, "smaller", _ratio)]
 
-# %% ../../nbs/optimize/52_report.ipynb #5cc5d21b
+# %% ../../nbs/optimize/52_report.ipynb #1593fc54
+def _test_sets(data: dict) -> Table:
+    "Accuracy on each of several test sets, and on all together."
+    tests = [data[who].get("tests") or {} for who in _BOTH]
+    both = {name: [found[name]["accuracy"] for found in tests] for name in tests[0]}
+    rows = [[name, *map(_percent, pair), _points(pair[1] - pair[0])] for name, pair in both.items()]
+    return Table("Accuracy by test set", ["test set", *_BOTH, "change"], rows)
+
+
 def _quality_tables(data: dict) -> list[Table]:
     "What is a fraction, and what a language model has."
-    fractions = {"accuracy": ("accuracy", _percent)}
+    names = dict(accuracy="accuracy", macro_f1="macro-F1")
+    fractions = {key: (name, _percent) for key, name in names.items()}
     fractions["accuracy_interval"] = "accuracy, 95% interval", _span(_percent)
-    fractions["macro_f1"] = "macro-F1", _percent
     if data["teacher"].get("metric") not in (None, "accuracy", "macro_f1"):
         fractions["score"] = _metric(data), _percent
     texts = {"perplexity": ("perplexity", _short)}
@@ -262,7 +270,7 @@ def _quality_tables(data: dict) -> list[Table]:
     caption = f"On the test split, {n:,} sentences" if n else "On the test texts"
     def points(was, now): return _points(now - was)
     def percent(was, now): return f"{_signed(100 * (now / was - 1))}%" if was else ""
-    return [_side_by_side(data, caption, fractions, "change", points),
+    return [_side_by_side(data, caption, fractions, "change", points), _test_sets(data),
             _side_by_side(data, caption, texts, "change", percent)]
 
 # %% ../../nbs/optimize/52_report.ipynb #f810bec5
@@ -312,6 +320,12 @@ def _flips_section(data: dict) -> list:
             Table("The same prompts", ["prompt", "teacher", "winner"], samples)]
 
 # %% ../../nbs/optimize/52_report.ipynb #857085d3
+def _percentiles(batch: dict, who: str) -> str:
+    "Median, and the tail where it was measured."
+    keys = [f"{who}_{key}" for key in ("ms", "p95_ms", "p99_ms")]
+    return " / ".join(_ms(batch[key]) for key in keys if key in batch)
+
+
 def _speed_section(data: dict) -> list:
     "Latency of one text, throughput, and batches."
     pair, said = data["pair"], None
@@ -325,9 +339,9 @@ def _speed_section(data: dict) -> list:
     rates = {"throughput": ("sentences per second", _short)}
     rates |= {"tokens_per_s": ("tokens per second", _short)}
     def faster(was, now): return _ratio(now, was)
-    rows = [[str(b["batch_size"]), _ms(b["teacher_ms"]), _ms(b["winner_ms"]),
+    rows = [[str(b["batch_size"]), *(_percentiles(b, who) for who in _BOTH),
              _ratio(b["teacher_ms"], b["winner_ms"])] for b in data["batches"]]
-    columns = ["batch size", "teacher", "winner", "faster"]
+    columns = ["batch size", "teacher, p50 / p95 / p99", "winner, p50 / p95 / p99", "faster"]
     return [_side_by_side(data, "One text at a time", latency, "faster", _ratio),
             _side_by_side(data, "Many texts", rates, "faster", faster),
             Table("Time for a sentence in batches", columns, rows), said]
@@ -470,7 +484,9 @@ def _use_section(data: dict, name: str) -> list:
         return [Code(f'{python}print(model.generate(["Write a product description:"]))', "python")]
     python += 'print(model.predict(["arrived broken, but support was great"]))'
     shell = f"ecomopt serve {shlex.quote(name)}"
-    if data["recipe"]: shell += "\necomopt recipe run recipe.yaml  # the recipe above, in a file"
+    if data["recipe"]:
+        shell += "\n# the recipe above in a file, your data, and the teacher:"
+        shell += "\necomopt recipe run recipe.yaml DATA --model TEACHER --out again"
     return [Code(python, "python"), Code(shell, "bash")]
 
 # %% ../../nbs/optimize/52_report.ipynb #d2c4c377
