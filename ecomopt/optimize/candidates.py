@@ -337,18 +337,22 @@ def search_space(
     context: StepContext,  # the task and the teacher
 ) -> tuple[RecipeSpace, list[dict]]:  # and what was left out, with the reason
     "Find the kinds of steps that work with this teacher, by applying each to a small model."
-    kinds, left_out, tiny, small = {}, [], context.teacher, _small(context)
+    kinds, left_out, small = {}, [], _small(context)
+    tiny, made_by = context.teacher, None
     for name, kind in step_kinds().items():
         ranges = kind.ranges(context)
         if not ranges: continue
         if kind.trains:
             kinds[name] = ranges
             continue
-        kept, wrong = _usable(ranges, partial(_attempt, name, tiny, small))
+        model = context.teacher if made_by in kind.cannot_follow else tiny
+        kept, wrong = _usable(ranges, partial(_attempt, name, model, small))
         left_out += [{"what": f"{name} {option}".strip(), "why": why} for option, why in wrong]
         if not kept: continue
         kinds[name] = kept
-        if tiny is context.teacher: tiny = apply_steps(tiny, [{name: _first_options(kept)}], small)
+        if made_by: continue
+        tiny = apply_steps(tiny, [{name: _first_options(kept)}], small)
+        made_by = name
     return RecipeSpace(kinds), left_out
 
 # %% ../../nbs/optimize/51_candidates.ipynb #39f3bbe4
