@@ -153,6 +153,17 @@ def test_a_fault_of_another_library_is_a_trial_that_failed(task, teacher, monkey
     assert any(t["why"] == "RuntimeError: it fell over" for t in found.data["trials"])
 
 
+def test_a_student_that_cannot_answer_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process):
+    predict = module._predict
+    def broken(name, model, *others):
+        if "distill" in name: raise RuntimeError("no answer")
+        return predict(name, model, *others)
+    monkeypatch.setattr(module, "_predict", broken)
+    found = optimize(task, teacher, Goal(max_drop=0.2), "20s")
+    failed = [t for t in found.data["trials"] if t["status"] == "failed"]
+    assert failed and {t["why"] for t in failed} == {"RuntimeError: no answer"} and found.feasible
+
+
 def test_interruption_at_the_end_leaves_the_best_so_far(task, teacher, monkeypatch, no_fresh_process):
     calls, tested = [], module._tested
     def interrupted(*arguments):
