@@ -309,14 +309,15 @@ class _Search:
         "Note what a training brought."
         trial, before = self.trials[id(candidate)], candidate.fraction
         trial.seconds += seconds
-        if isinstance(result, str):
-            trial.status, trial.why, candidate.out = "failed", result, result
-        else:
+        why = result if isinstance(result, str) else None
+        if not why:
             n_texts = self.n_texts(candidate.what, before, fraction)
             self.spent.append((max(1.0, n_texts), result[2]))
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
             trial.is_complete = is_complete
-            self.judge(candidate, trial, fraction, result[1])
+            try: self.judge(candidate, trial, fraction, result[1])
+            except Exception as error: why = _why_failed(error)
+        if why: trial.status, trial.why, trial.model, candidate.out = "failed", why, None, why
         if self.on_trial: self.on_trial(trial)
 
     def judge(self, candidate: Candidate, trial: Trial, fraction: float, model: Classifier) -> None:
