@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ecomopt import EcomoptError, distill
 from ecomopt.compress.augment import (
     Ensemble,
+    _sampled,
     generate_augment,
     mask_augment,
     masked_language_model,
@@ -135,7 +136,6 @@ def test_texts_without_an_end_are_left_out():
     lm = writer()
     def generate(start, **others): return torch.tensor([[0, 5, 6, 0], [0, 5, 6, 7], [0, 0, 0, 0]])
     lm.model = SimpleNamespace(device="cpu", generate=generate)
-    from ecomopt.compress.augment import _sampled
     assert _sampled(lm, 3, 0, 1.0) == [lm.tokenizer.decode([5, 6])]
 
 

@@ -83,7 +83,7 @@ def glossary() -> tuple[dict[str, str], re.Pattern]:
     terms = {re.sub(r" \(.*\)", "", name): anchor for anchor, names in rows for name in names.split(", ")}
     terms = {name.lower(): anchor for name, anchor in terms.items() if name[0].isalpha() and name not in AMBIGUOUS}
     words = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(terms, key=len, reverse=True))
-    pattern = rf"{NOT_PROSE} | (?<![\w-])(?P<term>{words})(?P<plural>s|es)?(?![\w-])"
+    pattern = rf"{NOT_PROSE} | (?<![\w-])(?P<term>{words})(?:s|es)?(?![\w-])"
     return terms, re.compile(pattern, re.M | re.S | re.X | re.I)
 
 

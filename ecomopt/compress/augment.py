@@ -81,11 +81,16 @@ class Ensemble(Classifier):
         return torch.stack([one.logits(texts, batch_size) for one in self.members]).mean(0)
 
 # %% ../../nbs/compress/28_augment.ipynb #d4b4c8b9
-def _some_texts(texts: Sequence[str], tokenizer, where: str) -> list[str]:
-    "The texts; raise if there are none, or nothing to mask them with."
+def _some_texts(texts: Sequence[str], where: str) -> list[str]:
+    "The texts; raise if there are none."
     texts = _text_rows(texts)
-    if not texts: raise EcomoptError("There are no texts.", where, "Pass sentences of the shop.")
-    if tokenizer.mask_token is not None: return texts
+    if texts: return texts
+    raise EcomoptError("There are no texts.", where, "Pass sentences of the shop.")
+
+
+def _maskable(texts: Sequence[str], tokenizer, where: str) -> list[str]:
+    "The texts; raise if there are none, or nothing to mask them with."
+    if tokenizer.mask_token is not None: return _some_texts(texts, where)
     do = "Use the tokenizer of an encoder, such as minilm's."
     raise EcomoptError("The tokenizer has no mask token.", where, do)
 
@@ -106,7 +111,7 @@ def masked_language_model(
     seed: int = 0,                       # of weights, masks and the order of the data
 ) -> BertForMaskedLM:                    # read from the cache if it was trained before
     "Train a small masked language model on the shop's text (Devlin et al. 2019)."
-    texts = _some_texts(texts, tokenizer, "masked_language_model")
+    texts = _maskable(texts, tokenizer, "masked_language_model")
     sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32)
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * width, **sizes)
     args = training_arguments(epochs, 5e-4, 32, seed)
@@ -147,7 +152,7 @@ def mask_augment(
     seed: int = 0,                       # of the random choices
 ) -> list[str]:                          # n texts without labels
     "Replace tokens by others that fit (TinyBERT; Jiao et al. 2020)."
-    texts = _some_texts(texts, tokenizer, "mask_augment")
+    texts = _maskable(texts, tokenizer, "mask_augment")
     if not 0 <= p <= 1: raise EcomoptError(f"p={p!r}.", "mask_augment", "Give one from 0 to 1.")
     generator = torch.Generator().manual_seed(_whole_number(seed, "seed", 0))
     chosen = random.Random(seed).choices(texts, k=_whole_number(n, "n"))
@@ -215,9 +220,9 @@ def generate_augment(
     seed: int = 0,                   # of fine-tuning and of the draws
 ) -> list[str]:                      # at most n texts; read from the cache if they were made before
     "Sentences of a language model fine-tuned on the shop's (LAMBADA, Anaby-Tavor et al. 2020)."
-    texts, held_out = _text_rows(texts), list(held_out)
-    n, where = _whole_number(n, "n"), "generate_augment"
-    if not texts: raise EcomoptError("There are no texts.", where, "Pass sentences of the shop.")
+    where = "generate_augment"
+    texts, held_out = _some_texts(texts, where), list(held_out)
+    n = _whole_number(n, "n")
     if not lm.stop: raise EcomoptError("No token ends a text.", where, "Use another tokenizer.")
     options = dict(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
     key = dict(model=fingerprint(lm), texts=_digest(texts), held_out=_digest(held_out), n=n)

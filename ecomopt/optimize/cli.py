@@ -64,14 +64,14 @@ def main() -> None:
 
 # %% ../../nbs/optimize/59_cli.ipynb #b34d4185
 _COLUMNS = ("name", "kind", "MB", "licence", "cached", "description; citation")
-_JSON = typer.Option(False, "--json", help="Print the result as JSON.")
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _FETCH = typer.Option([], "--fetch", metavar="NAME", help="Fetch this asset (repeatable), or all.")
 
 
 @app.command()
 def assets(
     fetch_names: list[str] = _FETCH,  # names, or "all"
-    as_json: bool = _JSON,            # instead of the table
+    as_json: _Json = False,           # instead of the table
 ) -> None:
     """List the models and data sets of the book, and fetch those that you name.
 
@@ -100,7 +100,6 @@ _Text = Annotated[str, typer.Option(help="The column of the texts.")]
 _Label = Annotated[str, typer.Option(help="The column of the labels.")]
 _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one split.")]
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
-_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
 
@@ -306,11 +305,11 @@ def _optimize(
     Example: ecomopt optimize reviews.csv --text review --label stars --max-drop 0.01 --out small
     """
     from ecomopt.optimize.candidates import Goal, parse_budget
-    from ecomopt.optimize.report import _check_out
+    from ecomopt.optimize.report import _beside, _check_out
     goal = Goal(max_drop, max_latency_ms, max_bytes, minimize, max_class_drop)
     seconds = parse_budget(budget)
     with _output(out):
-        _check_out(out.absolute().with_name(f"{out.name}-report.html"), out)
+        _check_out(_beside(out), out)
         task = _task(data, text, label, group, metric, seed)
         result = _searched(task, model, goal, seconds, seed, threads, jobs)
         result.save(out)

@@ -676,12 +676,13 @@ def _finished(search: _Search) -> OptimizeResult:
     before, after = _split(trial.steps)
     recipe = Recipe(rung(before, trial.fraction or 1.0, _RUNGS) + after, search.context.seed)
     verdict, data = _tested(search, trial)
+    is_openvino = any("openvino" in step.get("convert", {}).values() for step in trial.steps)
     data |= dict(
         kind="classifier", feasible=feasible, reason=_reason(search, trial, feasible),
         goal=asdict(search.goal), task=_sizes(search.task, search.context.teacher),
         trials=_trial_rows(search, trial), costs=_cost_range(search), left_out=search.left_out,
         steps=_step_gains(search, trial), gates=gates, recipe=recipe.to_yaml(), samples=[],
-        reproducible=_SAME + _NOT_SAME * ("runtime: openvino" in recipe.to_yaml()),
+        reproducible=_SAME + _NOT_SAME * is_openvino,
         **_circumstances(search.context.seed, search.threads, search.budget, search.began),
     )
     data = json.loads(json.dumps(data))

@@ -576,6 +576,11 @@ def _made(write: Callable, data: dict, name: str) -> str:
         raise EcomoptError(what, "data of a report", do) from error
 
 # %% ../../nbs/optimize/52_report.ipynb #d8e29d0c
+def _beside(artifact: Path) -> Path:
+    "Where the report of an artifact is written if nobody says."
+    return Path(os.path.abspath(artifact)).with_name(f"{artifact.name}-report.html")
+
+
 def _html_report(data: dict, name: str) -> str:
     "The page of checked data."
     title = f"{data['task']['name']}: {_headline(data)}"
@@ -679,7 +684,7 @@ def report(
     "Write the report of an artifact as one HTML file."
     named = Path(os.path.abspath(_user_path(path)))
     folder = Path(os.path.realpath(_find(named)))
-    target = named.with_name(f"{named.name}-report.html") if out is None else _user_path(out)
+    target = _beside(named) if out is None else _user_path(out)
     target = Path(os.path.realpath(target))
     data = _data_of(folder)
     _check_out(target, folder)
