@@ -4,7 +4,6 @@
 """
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,7 @@ from ecomopt.core.measure import _predict, time_interleaved
 from ecomopt.core.verdict import mean_interval, noninferiority_test
 from ecomopt.optimize.optimize import _tfidf
 from tools.bench import report
-
-sys.path.append(".peers")  # where `make bench` puts it
-from model2vec.distill import distill_from_model  # noqa: E402
-from model2vec.train import StaticModelForClassification  # noqa: E402
+from tools.peers import Model2Vec
 
 SEEDS, THREADS, ROUNDS, CALLS, BUDGET = [0, 1, 2, 3, 4], 2, 7, 40, "20min"
 FOUND = Path(__file__).parents[1] / ".cache" / "benchmark_optimize"
@@ -42,24 +38,6 @@ NOTES = (
 )
 
 
-class StaticEmbeddings:
-    """model2vec: distilled from the encoder of a teacher, and fine-tuned on the labelled texts."""
-
-    def __init__(self, teacher: Classifier, task: Task, seed: int):
-        static = distill_from_model(teacher.model.base_model, teacher.tokenizer, device="cpu")
-        model = StaticModelForClassification.from_static_model(model=static)
-        names = [[task.labels[i] for i in rows["label"]] for rows in (task.train, task.valid)]
-        model.fit(task.train["text"][:], names[0], X_val=task.valid["text"][:], y_val=names[1], device="cpu",
-                  random_seed=seed)
-        self.pipeline = model.to_pipeline()
-        self.labels = tuple(map(str, self.pipeline.classes_))
-
-    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
-        """Log probabilities, [texts, classes]."""
-        found = self.pipeline.predict_proba(list(texts), batch_size=batch_size)
-        return torch.from_numpy(np.log(np.maximum(found, 1e-12))).float()
-
-
 def searched(name: str, goal: Goal, task: Task, teacher: Classifier, seed: int) -> Classifier:
     """What `optimize` finds; searched once."""
     path = FOUND / f"{name}-{seed}"
@@ -71,24 +49,23 @@ def searched(name: str, goal: Goal, task: Task, teacher: Classifier, seed: int) 
     return load(path)
 
 
-def models_of(seed: int) -> dict[str, Classifier | StaticEmbeddings]:
+def models_of(seed: int) -> dict[str, Classifier | Model2Vec]:
     """The teacher of a seed and all that is made of it."""
     teacher = finetune("minilm", task, epochs=4, seed=seed)
     made = {"float32 eager (teacher)": teacher}
     for runtime in ("onnxruntime", "openvino"):
         made[f"{runtime} int8"] = convert(teacher, runtime, "int8", task)
-    made["model2vec"] = StaticEmbeddings(teacher, task, seed)
+    made["model2vec"] = Model2Vec(teacher, task, seed)
     made["fixed recipe"] = dataclasses.replace(FIXED, seed=seed).run(task, teacher, measure=False).model
     for name, goal in GOALS.items(): made[f"ours, by {name}"] = searched(name, goal, task, teacher, seed)
     return made
 
 
-def bytes_of(model: Classifier | StaticEmbeddings, name: str) -> int:
+def bytes_of(model: Classifier | Model2Vec, name: str) -> int:
     """Of the artifact."""
     path = FOUND / "measured" / name.replace(" ", "_")
-    if isinstance(model, StaticEmbeddings): model.pipeline.save_pretrained(str(path))
-    else: save(model, path)
-    return disk_bytes(path)
+    if isinstance(model, Model2Vec): return model.bytes(path)
+    return disk_bytes(save(model, path))
 
 
 def measured(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:

@@ -201,6 +201,8 @@ QUESTIONS = {
                          "times the throughput of the float32 teacher", more=SMALLER),
     "optimize": Question("Does one call find a faster model than a recipe written by hand?", "model", "× throughput",
                          "times the throughput of the float32 teacher", more=SMALLER),
+    "static": Question("How good is a model without attention?", "model", "retained",
+                       "of the teacher's accuracy on product reviews", lambda row, rows: row["task"] == "reviews"),
     "quickstart": Question("What do the ten lines of the quickstart gain?", "model", "× throughput",
                            "times the throughput of the teacher", more=SMALLER),
     "runtime": Question("Which runtime generates fastest?", "what", "a second", "tokens a second",

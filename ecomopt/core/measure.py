@@ -239,16 +239,19 @@ class PairedComparison:
     latency_speedup_iqr: tuple[float, float]       # quartiles of the rounds' ratios
     tests: dict[str, dict] = field(default_factory=dict)  # as `paired_quality`, by test set
 
-
-def _draw(axis: plt.Axes, name: str, m: Measurement, area: float) -> None:
-    "Draw a measurement: error bars, a marker of this area, name and size."
+# %% ../../nbs/core/14_measure.ipynb #a5527c4a
+def _draw(axis: plt.Axes, name: str, m: Measurement, area: float, above: bool) -> None:
+    "Draw a measurement: error bars, a marker of this area, name and size above or below."
     (low, high), (slow, quick) = m.accuracy_interval, m.throughput_iqr
     x, y = m.throughput, m.accuracy
     bars = dict(xerr=[[x - slow], [quick - x]], yerr=[[y - low], [high - y]])
     line = axis.errorbar(x, y, **bars, fmt=".", capsize=3)[0]
     axis.scatter(x, y, s=area, color=line.get_color(), alpha=0.35)
     label = f"{name}\n{m.disk_bytes / 1e6:.1f} MB"
-    axis.annotate(label, (x, high), (0, 4), textcoords="offset points", ha="center")
+    end, shift, side = (high, 6, "bottom") if above else (low, -6, "top")
+    place = dict(xytext=(0, shift), textcoords="offset points", ha="center", va=side, zorder=1.9)
+    paper = dict(facecolor="white", edgecolor="none", pad=1)  # over the dashed lines, under bars
+    axis.annotate(label, (x, end), bbox=paper, **place)
 
 # %% ../../nbs/core/14_measure.ipynb #8483c13a
 def plot_tradeoff(
@@ -258,9 +261,11 @@ def plot_tradeoff(
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     baseline = next(iter(measurements.values()))
     largest = max(m.disk_bytes for m in measurements.values())
-    axis.axhline(baseline.accuracy, color="0.5", linestyle="--", linewidth=1)
-    axis.axvline(baseline.throughput, color="0.5", linestyle="--", linewidth=1)
-    for name, m in measurements.items(): _draw(axis, name, m, 1500 * m.disk_bytes / largest)
+    dashed = dict(color="0.5", linestyle="--", linewidth=1, zorder=1)
+    axis.axhline(baseline.accuracy, **dashed)
+    axis.axvline(baseline.throughput, **dashed)
+    for i, (name, m) in enumerate(measurements.items()):
+        _draw(axis, name, m, 1500 * m.disk_bytes / largest, above=i % 2 == 0)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(plt.LogFormatter())
     axis.xaxis.set_minor_formatter(plt.LogFormatter(minor_thresholds=(1.5, 0.5)))

@@ -1,0 +1,58 @@
+"""Other tools as classifiers with labels and logits, for the benchmarks: only compared with, no dependency."""
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from ecomopt import Classifier, Task
+from ecomopt.core.artifact import disk_bytes
+
+sys.path.append(".peers")  # where `make bench` puts it
+from model2vec.distill import distill_from_model  # noqa: E402
+from model2vec.train import StaticModelForClassification  # noqa: E402
+
+
+class Probabilities:
+    """A classifier of scikit-learn's kind: `pipeline` has classes_ and predict_proba."""
+
+    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
+        """Log probabilities, [texts, classes]."""
+        found = self.pipeline.predict_proba(list(texts))
+        return torch.from_numpy(np.log(np.maximum(found, 1e-12))).float()
+
+
+class TfIdf(Probabilities):
+    """Words and pairs of words, and logistic regression, on the labelled texts."""
+
+    def __init__(self, task: Task):
+        self.labels = task.labels
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        self.pipeline = make_pipeline(words, LogisticRegression(C=10, max_iter=1000))
+        self.pipeline.fit(task.train["text"][:], task.train["label"][:])
+
+    def bytes(self, path: Path) -> int:
+        """On disk."""
+        return len(pickle.dumps(self.pipeline))
+
+
+class Model2Vec(Probabilities):
+    """model2vec: distilled from the encoder of a teacher, and fine-tuned on the labelled texts."""
+
+    def __init__(self, teacher: Classifier, task: Task, seed: int):
+        static = distill_from_model(teacher.model.base_model, teacher.tokenizer, device="cpu")
+        model = StaticModelForClassification.from_static_model(model=static)
+        names = [[task.labels[i] for i in rows["label"]] for rows in (task.train, task.valid)]
+        model.fit(task.train["text"][:], names[0], X_val=task.valid["text"][:], y_val=names[1], device="cpu",
+                  random_seed=seed)
+        self.pipeline = model.to_pipeline()
+        self.labels = tuple(map(str, self.pipeline.classes_))
+
+    def bytes(self, path: Path) -> int:
+        """On disk."""
+        self.pipeline.save_pretrained(str(path))
+        return disk_bytes(path)
