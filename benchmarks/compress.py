@@ -49,8 +49,8 @@ NOTES = (
     "student in ONNX Runtime answers, and leaves that fraction of the validation sentences to the teacher in int8; "
     "their bytes are those of both. Throughput and p50: median of the seeds; × of both: ratio to the float32 teacher, "
     f"time-interleaved in one process ({ROUNDS} rounds of the test split in batches of 32, and of {CALLS} sentences "
-    "one by one), median and range of the seeds. MB: all files that are needed, tokenizer included. Gain of the runtime alone: the teacher "
-    "in OpenVINO, float32. Gain of the compression alone: the student in float32."
+    "one by one), median and range of the seeds. MB: all files that are needed, tokenizer included. Gain of the "
+    "runtime alone: the teacher in OpenVINO, float32. Gain of the compression alone: the student in float32."
 )
 
 
