@@ -1460,8 +1460,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'ecomopt/optimize/language.py'),
                                            'ecomopt.optimize.language._Search.attempt_in_time': ( 'optimize/language.html#_search.attempt_in_time',
                                                                                                   'ecomopt/optimize/language.py'),
-                                           'ecomopt.optimize.language._Search.fastest_torch': ( 'optimize/language.html#_search.fastest_torch',
-                                                                                                'ecomopt/optimize/language.py'),
                                            'ecomopt.optimize.language._Search.greedy': ( 'optimize/language.html#_search.greedy',
                                                                                          'ecomopt/optimize/language.py'),
                                            'ecomopt.optimize.language._Search.judge': ( 'optimize/language.html#_search.judge',

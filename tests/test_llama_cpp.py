@@ -53,6 +53,11 @@ def test_what_the_file_cannot_say_is_refused(changed, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_other_bits_are_refused(lm, tmp_path):
+    with pytest.raises(EcomoptError, match="3 bits"): write_gguf(lm.model, tmp_path / "model.gguf", 3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_runtime_that_is_not_there_is_said(lm, monkeypatch):
     with pytest.raises(EcomoptError, match="llama.cpp"): convert_language_model(lm, 8, runtime="lama.cpp")
     if find_spec("llama_cpp") is None:

@@ -87,6 +87,8 @@ def write_gguf(
     bits: int = 4,            # of the layers' weights: 32, 8, 4; embedding and head have 8 or more
 ) -> None:
     "Write a model for llama.cpp, without its vocabulary."
+    if bits not in _TYPES:
+        raise EcomoptError(f"Weights of {bits!r} bits.", "write_gguf", "Give 32, 8 or 4.")
     _supported(model)
     writer = GGUFWriter(file, "llama")
     for field, value in _fields(model.config).items(): getattr(writer, f"add_{field}")(value)

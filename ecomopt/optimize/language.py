@@ -275,7 +275,8 @@ class _Search:
         self.attempt([])
         try:
             for steps in _CANDIDATES: self.attempt_in_time(steps)
-            self.attempt_in_time([*self.fastest_torch().steps, {_DRAFTS: {"num_draft_tokens": 8}}])
+            best = _ranked(self.trials, self.goal)[0]
+            self.attempt_in_time([*best.steps, {_DRAFTS: {"num_draft_tokens": 8}}])
         except KeyboardInterrupt: self.notes.append("It was interrupted; this is the best so far.")
 
     def attempt_in_time(self, steps: list[dict]) -> None:
@@ -284,11 +285,6 @@ class _Search:
         if self.left() > 2 * longest: return self.attempt(steps)
         name = LanguageTrial(0, steps).name
         self.notes.append(f"The budget ended before this candidate: {name}.")
-
-    def fastest_torch(self) -> LanguageTrial:
-        "The best trial in PyTorch: draft tokens are tried on it."
-        ranked = _ranked(self.trials, self.goal)
-        return next(t for t in ranked if not any("convert_language_model" in s for s in t.steps))
 
     def attempt(self, steps: list[dict]) -> None:
         "Make and measure a candidate; what cannot be made is a failed trial."
@@ -465,8 +461,10 @@ class _Findings:
         what = {"latency": "latency", "bytes": "bytes on disk"}[self.goal.minimize]
         change = f"{100 * self.winner.quality['perplexity_change']:+.1f} % perplexity"
         if not self.feasible:
-            found = f"{change} and {self.winner.costs['latency_ms']:.0f} ms an answer"
-            return f"None {of} satisfies the goal. The closest is {name}, with {found}."
+            over = self.goal.excess(self.winner.costs).items()
+            found = [f"{change} (at most {100 * self.goal.max_perplexity:+g} % are allowed)"]
+            found += [f"{ratio:.3g} times the {cost} of the limit" for cost, ratio in over]
+            return f"None {of} satisfies the goal. The closest is {name}, with {', '.join(found)}."
         if len(self.trials) == 1:
             return "No other candidate was finished: this is the original itself."
         if not self.winner.steps:
