@@ -229,6 +229,17 @@ def test_more_transfer_text_is_new_and_held_out_text_is_refused():
     with pytest.raises(EcomoptError, match="Row 1"): task.with_transfer(["good", None])
 
 
+def test_transfer_text_from_a_file(tmp_path):
+    task = load_task("reviews").sample(train=20, valid=5, test=5, transfer=10)
+    (tmp_path / "more.tsv").write_text("said\tn\nA new text.\t1\na NEW text.\t2\n")
+    (tmp_path / "holes.csv").write_text("said\nA new text.\n\"\"\n")
+    more = task.with_transfer(tmp_path / "more.tsv", "shop", text="said")
+    assert list(more.transfer["text"][len(task.transfer):]) == ["A new text."]
+    assert more.transfer["domain"][-1] == "shop"
+    with pytest.raises(EcomoptError, match="empty"): task.with_transfer(tmp_path / "holes.csv", text="said")
+    with pytest.raises(EcomoptError, match="said"): task.with_transfer(tmp_path / "more.tsv")
+
+
 @pytest.mark.slow
 def test_the_encoder_made_of_a_graph_answers_like_the_graph():
     import onnxruntime

@@ -409,6 +409,16 @@ def test_every_command_prints_json(shop):
     assert found["disk_bytes"] == disk_bytes(shop / "short")
 
 
+def test_students_learn_from_a_file_without_labels(shop):
+    words = "distill", "teacher", *COLUMNS, "--layers", "1", "--out", "taught"
+    (shop / "more.jsonl").write_text('{"review": "good battery"}\n{"review": "bad screen, really"}\n')
+    alone, taught = (invoke(shop, *words, *more) for more in ((), ("--unlabelled", "more.jsonl")))
+    assert alone.exit_code == taught.exit_code == 0, taught.output
+    (shop / "copies.csv").write_text((shop / "reviews.csv").read_text())
+    refused = invoke(shop, *words, "--unlabelled", "copies.csv")
+    assert refused.exit_code == 2 and "90 of 300 texts are copies" in refused.stderr, refused.stderr
+
+
 def test_a_goal_that_is_not_met_is_exit_code_1(shop, no_fresh_process):
     words = ("--model", "teacher", "--max-bytes", "9", "--budget", "5s", "--out", "closest")
     ran = invoke(shop, "optimize", *COLUMNS, *words)

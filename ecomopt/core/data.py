@@ -304,10 +304,16 @@ class Task:
 
     def with_transfer(
         self,
-        texts: Sequence[str],  # without labels; of the shop, or like its texts
-        domain: str = "more",  # what they are, for people
+        texts: Sequence[str] | str | Path,  # without labels, like the shop's; or a file of them
+        domain: str = "more",               # what they are, for people
+        text: str = "text",                 # the column of the texts in a file
     ) -> "Task":
         "The task with more transfer text, each text once; copies of held-out texts are an error."
+        if isinstance(texts, (str, Path)):
+            path = _user_path(texts)
+            table = _read(path, [text]).rename(columns={text: "text"})
+            _check_cells(table, {"text": text}, str(path))
+            texts = table["text"].astype(str).tolist()
         rows = checks._text_rows(texts)
         held_out = [self.valid, self.test, *self.tests.values()]
         unseen = {normalize(row) for part in held_out for row in part["text"]}

@@ -92,6 +92,7 @@ def assets(
 # %% ../../nbs/optimize/59_cli.ipynb #daa3c0da
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
 _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
+_unlabelled_help = "A file with more texts and no labels: students learn from them, too."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
 _Data = Annotated[str, typer.Argument(help=_task_help, metavar="TASK")]
 _Model = Annotated[str, typer.Argument(help=_model_help, metavar="MODEL")]
@@ -99,20 +100,24 @@ _Out = Annotated[Path, typer.Option(help="The artifact to write: new, or one to 
 _Text = Annotated[str, typer.Option(help="The column of the texts.")]
 _Label = Annotated[str, typer.Option(help="The column of the labels.")]
 _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one split.")]
+_Unlabelled = Annotated[Path | None, typer.Option(help=_unlabelled_help)]
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
 
 # %% ../../nbs/optimize/59_cli.ipynb #501d7c90
-def _task(source: str, text: str, label: str, group: str | None, metric: str, seed: int) -> Any:
-    "A task of the book, or one made of a file."
+def _task(
+    source: str, text: str, label: str, group: str | None, metric: str, seed: int,
+    unlabelled: Path | None = None,
+) -> Any:
+    "A task of the book, or one made of a file; with more texts to learn from."
     from dataclasses import replace
 
     from ecomopt.core.data import Task, load_task
     if Path(source).suffix or Path(source).exists():
-        return Task.from_csv(source, text, label, group, seed=seed, metric=metric)
-    task = load_task(source, seed)
-    return task if metric == "accuracy" else replace(task, metric=metric)
+        task = Task.from_csv(source, text, label, group, seed=seed, metric=metric)
+    else: task = replace(load_task(source, seed), metric=metric)
+    return task if unlabelled is None else task.with_transfer(unlabelled, text=text)
 
 
 def _classifier(source: str, task: Any = None) -> Any:
@@ -198,6 +203,7 @@ def _distill(
     text: _Text = "text",
     label: _Label = "label",
     group: _Group = None,
+    unlabelled: _Unlabelled = None,
     layers: Annotated[int, typer.Option(help="To keep, of the teacher's.")] = 3,
     augment: Annotated[int, typer.Option(help="Texts to add by n-gram augmentation.")] = 0,
     epochs: Annotated[float, typer.Option(help="Passes over all texts.")] = 1.0,
@@ -210,7 +216,7 @@ def _distill(
     """
     from ecomopt.optimize.recipe import Recipe
     options = dict(layers=layers, augment=augment, epochs=epochs)
-    task = _task(data, text, label, group, "accuracy", seed)
+    task = _task(data, text, label, group, "accuracy", seed, unlabelled)
     _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
     _print_sizes(out, teacher, as_json)
 
@@ -255,7 +261,8 @@ def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -
 def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
     data: _Data, out: _Out, model: Annotated[str, typer.Option(help="The teacher.")] = "minilm",
-    text: _Text = "text", label: _Label = "label", group: _Group = None, as_json: _Json = False,
+    text: _Text = "text", label: _Label = "label", group: _Group = None,
+    unlabelled: _Unlabelled = None, as_json: _Json = False,
 ) -> None:
     """Run a recipe; what is in the cache is not computed again.
 
@@ -263,7 +270,7 @@ def _recipe_run(
     """
     from ecomopt.optimize.recipe import Recipe
     chain = Recipe.from_yaml(recipe)
-    task = _task(data, text, label, group, "accuracy", chain.seed)
+    task = _task(data, text, label, group, "accuracy", chain.seed, unlabelled)
     result = _run_recipe(chain, task, model, out, True)
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
@@ -282,7 +289,8 @@ def _show_trial(trial: Any, ends: float) -> None:
     _say(f"  {left}  {trial.number:3}  {trial.name}  {cost}  {drop} {share} {trial.why or ''}")
 
 # %% ../../nbs/optimize/59_cli.ipynb #86b1bf45
-_Teacher = Annotated[str, typer.Option(help="A directory, or a name that is fine-tuned first.")]
+_teacher_help = "A directory, or a name that is fine-tuned first. minilm knows English alone."
+_Teacher = Annotated[str, typer.Option(help=_teacher_help)]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
 _Latency = Annotated[float | None, typer.Option(help="Median of one text alone.")]
@@ -295,10 +303,10 @@ _Jobs = Annotated[int, typer.Option(help="Trials at a time.")]
 @app.command("optimize")
 def _optimize(
     data: _Data, out: _Out, text: _Text = "text", label: _Label = "label", group: _Group = None,
-    metric: _Metric = "accuracy", model: _Teacher = "minilm", max_drop: _Drop = 0.01,
-    max_class_drop: _ClassDrop = 0.1, max_latency_ms: _Latency = None, max_bytes: _Bytes = None,
-    minimize: _Minimize = "latency", budget: _Budget = "20min", seed: _Seed = 0,
-    threads: _Threads = None, jobs: _Jobs = 1, as_json: _Json = False,
+    unlabelled: _Unlabelled = None, metric: _Metric = "accuracy", model: _Teacher = "minilm",
+    max_drop: _Drop = 0.01, max_class_drop: _ClassDrop = 0.1, max_latency_ms: _Latency = None,
+    max_bytes: _Bytes = None, minimize: _Minimize = "latency", budget: _Budget = "20min",
+    seed: _Seed = 0, threads: _Threads = None, jobs: _Jobs = 1, as_json: _Json = False,
 ) -> None:
     """Make the fastest or smallest model that keeps a goal. Ctrl-C finishes with the best so far.
 
@@ -310,7 +318,7 @@ def _optimize(
     seconds = parse_budget(budget)
     with _output(out):
         _check_out(_beside(out), out)
-        task = _task(data, text, label, group, metric, seed)
+        task = _task(data, text, label, group, metric, seed, unlabelled)
         result = _searched(task, model, goal, seconds, seed, threads, jobs)
         result.save(out)
     _print(*_summary(result, out, as_json))
@@ -322,7 +330,8 @@ def _searched(
 ) -> Any:
     "The search, with a line for each trial."
     from ecomopt.optimize.optimize import optimize as search
-    _say(f"{task.name}: {len(task.train)} texts to train on, {len(task.labels)} labels")
+    n, more = len(task.train), len(task.transfer)
+    _say(f"{task.name}: {n} texts to train on, {more} without labels; {len(task.labels)} labels")
     teacher = _teacher(model, task, seed)
     _say(f"searching for {seconds:.0f} s; Ctrl-C ends with the best so far")
     show = partial(_show_trial, ends=time.perf_counter() + seconds)
