@@ -190,7 +190,8 @@ def _threshold(confidence: np.ndarray, deferred: int) -> float:
     ordered = np.sort(confidence)
     if deferred == len(ordered): return 1.0
     if not deferred: return float(ordered[0] / 2)
-    return float((ordered[deferred - 1] + ordered[deferred]) / 2)
+    middle = float((ordered[deferred - 1] + ordered[deferred]) / 2)
+    return min(middle, float(np.nextafter(np.float32(1), np.float32(0))))  # 1 would defer all
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #cd190455
 def deferral_table(
@@ -227,9 +228,7 @@ def fit_cascade(
     "Make a cascade whose thresholds are chosen on the validation split."
     stages = _check_stages(stages)
     targets = _targets(deferred, max_drop, len(stages) - 1)
-    texts, labels = task.valid["text"][:], np.array(task.valid["label"])
-    if not len(labels):
-        raise EcomoptError("There are no validation texts.", "fit_cascade", "Give a valid split.")
+    texts, labels = _validation(stages[0].labels, task)
     found = [stage.logits(texts) for stage in stages]
     temperatures = [fit_temperature(z, labels) for z in found]
     found = [z / T for z, T in zip(found, temperatures)]
@@ -245,6 +244,18 @@ def fit_cascade(
     return Cascade(stages, thresholds, temperatures)
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #ccc5ef5f
+def _validation(labels: Sequence[str], task: Task) -> tuple[list[str], np.ndarray]:
+    "The validation texts, and their classes in the order of these labels."
+    where = "fit_cascade"
+    if not len(task.valid):
+        raise EcomoptError("There are no validation texts.", where, "Give a valid split.")
+    if sorted(labels) != sorted(task.labels):
+        what = f"The stages have the labels {labels}, the task {task.labels}."
+        raise EcomoptError(what, where, "Use one label space.")
+    names = [task.labels[i] for i in task.valid["label"]]
+    return task.valid["text"][:], np.array([list(labels).index(name) for name in names])
+
+# %% ../../nbs/accelerate/36_cascade.ipynb #e4d74895
 def _targets(deferred, max_drop, n: int) -> list:
     "The deferred fractions, or None for each; raise unless there is exactly one kind of target."
     where = "fit_cascade"

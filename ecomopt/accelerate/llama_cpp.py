@@ -29,6 +29,7 @@ from ecomopt.accelerate.runtime_llm import (
     _check_same,
     convert_language_model,
 )
+from ..core.assets import _write_error
 from ..core.checks import _positive_number
 from ..core.generate import LanguageModel, generation_speed, losses, paired_perplexity
 from ..core.measure import count_parameters
@@ -90,7 +91,17 @@ def write_gguf(
     if bits not in _TYPES:
         raise EcomoptError(f"Weights of {bits!r} bits.", "write_gguf", "Give 32, 8 or 4.")
     _supported(model)
-    writer = GGUFWriter(file, "llama")
+    file = Path(file)
+    part = file.with_name(f".{file.name}.part")  # a file that is there stays until all is written
+    try:
+        _write_all(GGUFWriter(part, "llama"), model, bits)
+        os.replace(part, file)
+    except OSError as error: raise _write_error(error, file) from error
+    finally: part.unlink(missing_ok=True)
+
+# %% ../../nbs/accelerate/37_llama_cpp.ipynb #ea2ee5c7
+def _write_all(writer: GGUFWriter, model: LlamaForCausalLM, bits: int) -> None:
+    "Write sizes and tensors."
     for field, value in _fields(model.config).items(): getattr(writer, f"add_{field}")(value)
     for name, W, kind in _tensors(model, bits):
         writer.add_tensor(name, quantize(W, kind), raw_dtype=kind)
@@ -200,13 +211,16 @@ class _Loaded:
         llama_cpp.llama_log_set(_no_log, None)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.gguf")
-            file.write_bytes(content)
+            try: file.write_bytes(content)
+            except OSError as error: raise _write_error(error, file) from error
             params = llama_cpp.llama_model_default_params()
             self.pointer = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
         if not self.pointer:
             do = "Convert the model again, or update llama-cpp-python."
             raise EcomoptError("llama.cpp does not read the file.", "runtime llama.cpp", do)
         weakref.finalize(self, llama_cpp.llama_model_free, self.pointer)
+        vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
+        self.n_tokens = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
 # %% ../../nbs/accelerate/37_llama_cpp.ipynb #702f8cb0
 class LlamaCppRuntime(LanguageRuntime):
@@ -214,8 +228,11 @@ class LlamaCppRuntime(LanguageRuntime):
     kv_cache = _Context
 
     def create_session(self) -> _Loaded:
-        "Load the file."
-        return _Loaded(self.files()["gguf"])
+        "Load the file; raise if it is not that of the configuration."
+        loaded = _Loaded(self.files()["gguf"])
+        if loaded.n_tokens == self.config.vocab_size: return loaded
+        what = f"The file has {loaded.n_tokens} tokens, the configuration {self.config.vocab_size}."
+        raise EcomoptError(what, "runtime llama.cpp", "Convert the model again.")
 
 # %% ../../nbs/accelerate/37_llama_cpp.ipynb #92c6b8a0
 def _make(lm: LanguageModel, bits: int) -> LanguageModel:
@@ -245,7 +262,7 @@ def _converted(
 ) -> tuple[dict[str, LanguageModel], dict[str, str]]:
     "Converted models, and the reasons of those that could not be, by name."
     models, notes = {"PyTorch": lm}, {}
-    for runtime in runtimes:
+    for runtime in [runtimes] if isinstance(runtimes, str) else runtimes:
         for width in bits:
             name = f"{runtime}, {width} bits"
             try: models[name] = convert_language_model(lm, width, runtime=runtime)

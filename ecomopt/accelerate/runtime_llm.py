@@ -366,9 +366,11 @@ def _check(lm: LanguageModel, bits: int, runtime: str) -> int:
     if runtime not in LANGUAGE_RUNTIMES:
         raise _unknown("runtime", runtime, LANGUAGE_RUNTIMES, "argument runtime")
     _require_language_runtime(runtime)
-    if any(isinstance(module, Rebuildable) for module in lm.model.modules()):
-        do = "Pass the float model; bits=4 and bits=8 quantize it."
-        raise EcomoptError("It is quantized or converted already.", "argument lm", do)
+    changed = [type(m).__name__ for m in lm.model.modules() if isinstance(m, Rebuildable)]
+    if changed:
+        do = "Pass the float model as it was loaded; bits=4 and bits=8 quantize it."
+        what = f"It is pruned, quantized or converted already: it has a {changed[0]}."
+        raise EcomoptError(what, "argument lm", do)
     config, name = lm.model.config, type(lm.model).__name__
     window = getattr(config, "sliding_window", None) or math.inf
     if not hasattr(config, "num_key_value_heads"): what = f"{name} is not built like LLaMA."

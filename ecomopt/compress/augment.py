@@ -30,9 +30,10 @@ from transformers import (
 # %% ../../nbs/compress/28_augment.ipynb #4debe362
 from .. import EcomoptError
 from ..core.assets import cached
-from ..core.checks import _text_rows, _whole_number
+from ..core.checks import _CJK, _positive_number, _text_rows, _whole_number
 from ..core.data import normalize
 from ..core.generate import LanguageModel
+from ..core.pretrained import _token_ids, _tokenizing
 from ecomopt.core.train import (
     Classifier,
     _check_classifier,
@@ -41,6 +42,7 @@ from ecomopt.core.train import (
     run,
     training_arguments,
 )
+from ..core.training import _training
 
 # %% ../../nbs/compress/28_augment.ipynb #b756378d
 class EnsembleModel(nn.Module):
@@ -112,17 +114,19 @@ def masked_language_model(
 ) -> BertForMaskedLM:                    # read from the cache if it was trained before
     "Train a small masked language model on the shop's text (Devlin et al. 2019)."
     texts = _maskable(texts, tokenizer, "masked_language_model")
+    if _whole_number(width, "width") % 32:
+        raise EcomoptError(f"width is {width}.", "masked_language_model", "Give a multiple of 32.")
     sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32)
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * width, **sizes)
     args = training_arguments(epochs, 5e-4, 32, seed)
     def train(folder):
         set_seed(seed)
-        ids = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
-        rows = Dataset.from_dict({"input_ids": ids})
+        rows = Dataset.from_dict({"input_ids": _token_ids(tokenizer, texts, 64)})
         _train_masked(BertForMaskedLM(config), rows, tokenizer, args, folder)
     key = dict(texts=_digest(texts), sizes=sizes, epochs=epochs, seed=seed)
     key["vocabulary"] = _digest(tokenizer.get_vocab())
-    return BertForMaskedLM.from_pretrained(cached("masked", key, train)).eval()
+    with _training: path = cached("masked", key, train)
+    return BertForMaskedLM.from_pretrained(path).eval()
 
 # %% ../../nbs/compress/28_augment.ipynb #3d3f9a60
 def _replaced(batch: dict, model: BertForMaskedLM, tokenizer, p: float, k: int, generator):
@@ -159,7 +163,7 @@ def mask_augment(
     result: list[str] = []
     options = dict(truncation=True, max_length=64, padding=True, return_tensors="pt")
     for start in range(0, n, 64):
-        batch = tokenizer(chosen[start:start + 64], **options)
+        with _tokenizing: batch = tokenizer(chosen[start:start + 64], **options)
         ids = _replaced(batch, model, tokenizer, p, _whole_number(k, "k"), generator)
         result += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return result
@@ -167,7 +171,7 @@ def mask_augment(
 # %% ../../nbs/compress/28_augment.ipynb #7f815380
 def _trigrams(text: str) -> set[tuple]:
     "Sequences of three words; a shorter text is one of its own."
-    words = re.findall(r"\w+", normalize(text))
+    words = re.findall(rf"[{_CJK}]|[^\W{_CJK}]+", normalize(text))
     return {tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}
 
 
@@ -223,11 +227,12 @@ def generate_augment(
     where = "generate_augment"
     texts, held_out = _some_texts(texts, where), list(held_out)
     n = _whole_number(n, "n")
+    temperature = _positive_number(temperature, "temperature")
     if not lm.stop: raise EcomoptError("No token ends a text.", where, "Use another tokenizer.")
     options = dict(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
     key = dict(model=fingerprint(lm), texts=_digest(texts), held_out=_digest(held_out), n=n)
     def build(folder): _generate(folder, texts, n, lm, held_out, **options)
-    path = cached("generated", key | options, build) / "texts.json"
+    with _training: path = cached("generated", key | options, build) / "texts.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/compress/28_augment.ipynb #9e8da0a4

@@ -331,12 +331,15 @@ def _check_names(files: object, where: str) -> None:
         raise EcomoptError(what, where, do)
 
 # %% ../../nbs/core/13_artifact.ipynb #f38ffd80
+_LARGEST = 2**26  # bytes of artifact.json
+
+
 def _read_manifest(path: Path) -> object:
     "Read `artifact.json` as it is."
     file = path / _MANIFEST
     try:
         if not file.is_file(): raise FileNotFoundError(file)
-        if file.stat().st_size > 2**26: raise ValueError("it is larger than 64 MiB")
+        if file.stat().st_size > _LARGEST: raise ValueError("it is larger than 64 MiB")
         return json.loads(file.read_text(encoding="utf8"))
     except OSError as error:
         raise EcomoptError(
@@ -604,6 +607,9 @@ def save(
     with _atomic_folder(target, _replace) as part:
         about |= dict(same=same) | _write(model, tensors, part, files or {})
         text = json.dumps(about, indent=1)
+        if len(text) > _LARGEST:
+            do = "Leave something out, such as texts."
+            raise EcomoptError("Recipe and measurements exceed 64 MiB.", str(path), do)
         (part / _MANIFEST).write_text(text, encoding="utf8")
     for aside in _scratch_folders(target, "old"): shutil.rmtree(aside, ignore_errors=True)
     return _user_path(path)

@@ -28,6 +28,9 @@ def _text_fault(row: object) -> str | None:
     return None
 
 
+_CJK = r"\u3040-\u30ff\u3400-\u9fff"  # Chinese and Japanese characters, for regular expressions
+
+
 def _text_rows(texts: Iterable[str], what: str = "texts") -> list[str]:
     "Any ordered collection of texts as a list; a row that is no text is an error."
     if isinstance(texts, (str, bytes)):

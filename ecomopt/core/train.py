@@ -190,7 +190,9 @@ def fingerprint(
     modules = [(name, m) for name, m in model.named_modules() if hasattr(m, "spec")]
     special = [(name, type(m).__name__, m.spec()) for name, m in modules]
     config, vocabulary = model.config.to_json_string(), tokenizer.get_vocab()
-    return _digest([config, vocabulary, classifier.max_length, special, tensors])
+    parts = getattr(classifier, "members", getattr(classifier, "stages", ()))  # have their own
+    parts = map(fingerprint, parts)
+    return _digest([config, vocabulary, classifier.max_length, special, tensors, *parts])
 
 # %% ../../nbs/core/12_train.ipynb #f06d4314
 def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:

@@ -43,6 +43,9 @@ def _encode(model: Classifier, texts: list[str]) -> tuple[list[list[int]], list[
     full = [i for i, row in enumerate(rows) if len(row) >= most]
     longer = _token_ids(model.tokenizer, [texts[i] for i in full], most + 1)
     truncated = {i for i, row in zip(full, longer) if len(row) > most}
+    for stage in getattr(model, "stages", [])[1:]:  # of a cascade
+        longer = _token_ids(stage.tokenizer, texts, stage.max_length + 1)
+        truncated |= {i for i, row in enumerate(longer) if len(row) > stage.max_length}
     return rows, [i in truncated for i in range(len(rows))]
 
 
@@ -85,7 +88,7 @@ class Batcher:
     async def __aenter__(self) -> "Batcher":
         self.model.model.eval()
         await self._call(self.model.logits, ["The first call of a thread is slow."])
-        self._arrived = asyncio.Event()
+        self._arrived, self._is_stopping = asyncio.Event(), False
         self._loop = asyncio.create_task(self._serve())
         return self
 

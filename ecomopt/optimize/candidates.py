@@ -33,6 +33,7 @@ from ..core.hardware import _cpu
 from ..core.measure import time_interleaved
 from ..core.steps import step_kind, step_kinds
 from ..core.train import Classifier
+from ..core.verdict import drop_bound
 from .recipe import Recipe, StepContext
 
 # %% ../../nbs/optimize/51_candidates.ipynb #3272fbee
@@ -325,10 +326,11 @@ def _why_failed(error: Exception) -> str:
     return f"{type(error).__name__}: {_first_line(error)}"
 
 
-def _attempt(name: str, tiny: Classifier, context: StepContext, options: dict) -> str | None:
-    "Why a step cannot be applied; None if it can."
-    before = [{other: {}} for other in sorted(step_kind(name).must_follow)[:1]]
-    try: logits = apply_steps(tiny, [*before, {name: options}], context).logits(["a", "a b c"])
+def _attempt(
+    name: str, model: Classifier, before: list[dict], context: StepContext, options: dict
+) -> str | None:
+    "Why a step cannot be applied after others; None if it can."
+    try: logits = apply_steps(model, [*before, {name: options}], context).logits(["a", "a b c"])
     except Exception as error: return _why_failed(error)
     return None if np.isfinite(logits.numpy()).all() else "Its logits are not finite."
 
@@ -345,8 +347,11 @@ def search_space(
         if kind.trains:
             kinds[name] = ranges
             continue
-        model = context.teacher if made_by in kind.cannot_follow else tiny
-        kept, wrong = _usable(ranges, partial(_attempt, name, model, small))
+        is_small = made_by not in kind.cannot_follow
+        done = made_by if is_small else None
+        needed = [] if done in kind.must_follow else sorted(kind.must_follow)[:1]
+        given = tiny if is_small else context.teacher, [{other: {}} for other in needed]
+        kept, wrong = _usable(ranges, partial(_attempt, name, *given, small))
         left_out += [{"what": f"{name} {option}".strip(), "why": why} for option, why in wrong]
         if not kept: continue
         kinds[name] = kept
@@ -384,19 +389,17 @@ def _no_lost_class(
     lost = []
     for i, label in enumerate(labels):
         rows = actual == i
-        before = int((teacher[rows] == i).sum())
-        after = int((predicted[rows] == i).sum())
-        given_up = before > 0 and not (predicted == i).any()
-        if given_up or _is_lost(before, after, int(rows.sum()), most): lost.append(label)
+        before, after = teacher[rows] == i, predicted[rows] == i
+        given_up = before.any() and not (predicted == i).any()
+        counts = (before & ~after).sum(), (after & ~before).sum(), len(before)
+        if given_up or _is_lost(*map(int, counts), most): lost.append(label)
     detail = f"too low: {', '.join(lost)}" if lost else f"{len(labels)} classes"
     return _gate("recall of each class", not lost, detail)
 
 
-def _is_lost(before: int, after: int, n: int, most: float) -> bool:
-    "Whether a drop of recall is above `most` by more than chance (one-sided, 95 %)."
-    if not n: return False
-    noise = 1.645 * math.sqrt(max(before - after, 1)) / n
-    return (before - after) / n - noise > most
+def _is_lost(lost: int, gained: int, n: int, most: float) -> bool:
+    "Whether a drop of recall is above `most` by more than chance (one-sided, 95 %, paired)."
+    return n > 0 and -drop_bound(gained, lost, n) > most
 
 # %% ../../nbs/optimize/51_candidates.ipynb #7ca07c2c
 _SAME_ANSWERS = "same answers after reloading in a fresh process"

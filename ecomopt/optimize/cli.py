@@ -8,6 +8,7 @@ __all__ = ['app', 'Commands', 'main', 'assets']
 # %% ../../nbs/optimize/59_cli.ipynb #bf4222e2
 import csv
 import json
+import os
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,17 +92,23 @@ def assets(
     console.print(table)
 
 # %% ../../nbs/optimize/59_cli.ipynb #daa3c0da
+def _home(path: Any) -> Any:
+    "A path with ~ replaced, which a shell leaves in --out=~/small."
+    return path if path is None else type(path)(os.path.expanduser(path))
+
+
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
 _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
 _unlabelled_help = "A file with more texts and no labels: students learn from them, too."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
-_Data = Annotated[str, typer.Argument(help=_task_help, metavar="TASK")]
-_Model = Annotated[str, typer.Argument(help=_model_help, metavar="MODEL")]
-_Out = Annotated[Path, typer.Option(help="The artifact to write: new, or one to replace.")]
+_out_help = "The artifact to write: new, or one to replace."
+_Data = Annotated[str, typer.Argument(help=_task_help, metavar="TASK", callback=_home)]
+_Model = Annotated[str, typer.Argument(help=_model_help, metavar="MODEL", callback=_home)]
+_Out = Annotated[Path, typer.Option(help=_out_help, callback=_home)]
 _Text = Annotated[str, typer.Option(help="The column of the texts.")]
 _Label = Annotated[str, typer.Option(help="The column of the labels.")]
 _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one split.")]
-_Unlabelled = Annotated[Path | None, typer.Option(help=_unlabelled_help)]
+_Unlabelled = Annotated[Path | None, typer.Option(help=_unlabelled_help, callback=_home)]
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
 _Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 _Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
@@ -133,15 +141,14 @@ def _output(out: Path) -> Iterator[Path]:
     "The artifact's directory, checked before any work, and taken by one process at a time."
     from ecomopt.core.artifact import _check_target
     _check_target(out)
-    lock = FileLock(out.absolute().with_name(f".{out.name}.run"), timeout=0)
+    place = sha256(str(out.absolute()).encode()).hexdigest()[:16]
+    lock = FileLock(cache_dir() / "outputs" / f"{place}.lock", timeout=0)
     try: lock.acquire()
     except Timeout as error:
         do = "Wait for it, or name another directory."
         raise EcomoptError("Another run writes there.", str(out), do) from error
     try: yield out
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+    finally: lock.release()
 
 # %% ../../nbs/optimize/59_cli.ipynb #ffe518a8
 def _say(text: str) -> None:
@@ -290,7 +297,7 @@ def _show_trial(trial: Any, ends: float) -> None:
 
 # %% ../../nbs/optimize/59_cli.ipynb #86b1bf45
 _teacher_help = "A directory, or a name that is fine-tuned first. minilm knows English alone."
-_Teacher = Annotated[str, typer.Option(help=_teacher_help)]
+_Teacher = Annotated[str, typer.Option(help=_teacher_help, callback=_home)]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
 _Latency = Annotated[float | None, typer.Option(help="Median of one text alone.")]
@@ -368,6 +375,7 @@ def _report(
 def _csv_rows(file: Any, column: str, usual: str = ",") -> Iterator[tuple[dict, str]]:
     "Rows of a CSV file and their texts; the header shows the delimiter."
     from ecomopt.core.data import _check_columns, _delimiter, _records
+    csv.field_size_limit(sys.maxsize)
     records = _records(file, _delimiter(file, usual, [column], "the file"), "the file")
     _, header = next(records, (1, []))
     _check_columns(header, [column], "the file; see --text")
@@ -447,13 +455,18 @@ def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
     sys.stdout.flush()
 
 # %% ../../nbs/optimize/59_cli.ipynb #f55a91b2
+def _free(name: str, row: dict) -> str:
+    "A name for a new column, if need be with predicted_ before it."
+    return _free(f"predicted_{name}", row) if name in row else name
+
+
 def _labelled(model: Any, batch: list) -> Iterator[dict]:
-    "The rows of a batch with label and score; a label that they have already stays."
+    "The rows of a batch with label and score; columns that they have already stay."
     scores = model.logits([text for _, text in batch]).softmax(1)
     for (row, _), score in zip(batch, scores):
         best = int(score.argmax())
-        name = "predicted_label" if "label" in row else "label"
-        yield row | {name: model.labels[best], "score": round(float(score[best]), 4)}
+        found = {"label": model.labels[best], "score": round(float(score[best]), 4)}
+        yield row | {_free(name, row): value for name, value in found.items()}
 
 # %% ../../nbs/optimize/59_cli.ipynb #6d220a88
 @app.command("predict")
@@ -472,10 +485,14 @@ def _predict(
     classifier, written = _classifier(model), 0
     kind = "lines" if file == "-" else Path(file).suffix.lstrip(".").lower()
     with _source(file, kind) as source:
-        for batch in _batches(_READERS[kind](source, text)):
-            rows = _labelled(classifier, batch)
-            _write(rows, as_json or kind == "jsonl", header=not written)
-            written += len(batch)
+        try:
+            for batch in _batches(_READERS[kind](source, text)):
+                rows = _labelled(classifier, batch)
+                _write(rows, as_json or kind == "jsonl", header=not written)
+                written += len(batch)
+        except UnicodeDecodeError as error:
+            do = "Save it as UTF-8, e.g. with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+            raise EcomoptError(f"It is not UTF-8 after row {written}.", file, do) from error
 
 # %% ../../nbs/optimize/59_cli.ipynb #036397ec
 _Queue = Annotated[int, typer.Option(help="Requests under way at a time; more get 429.")]

@@ -28,7 +28,7 @@ from ..accelerate.precision import supports_precision
 from ..accelerate.runtime_llm import convert_language_model, prompt_lookup_decoding
 from ..compress.quantize_llm import quantize_language_model
 from ..core.artifact import file_bytes
-from ..core.checks import _text_rows, _unknown, _whole_number
+from ..core.checks import _CJK, _text_rows, _unknown, _whole_number
 
 # %% ../../nbs/optimize/53_language.ipynb #6118de61
 from ecomopt.core.generate import (
@@ -55,7 +55,6 @@ from .report import _save_reported
 from ..tune.constrained import pareto_front
 
 # %% ../../nbs/optimize/53_language.ipynb #51161c46
-_CJK = r"\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"\d+(?:[.,]\d+)*|[{_CJK}]|[^\W\d_{_CJK}]+")
 
 
@@ -225,6 +224,9 @@ def _ranked(trials: list[LanguageTrial], goal: Goal) -> list[LanguageTrial]:
     return sorted(known, key=key)
 
 # %% ../../nbs/optimize/53_language.ipynb #34afbdfc
+_INTERRUPTED = "It was interrupted; this is the best so far."
+
+
 def _note_why(trial: LanguageTrial, goal: Goal) -> None:
     "Note why a trial is out."
     failed = [f"{g['name']}: {g['detail']}" for g in trial.gates if not g["passed"]]
@@ -277,7 +279,7 @@ class _Search:
             for steps in _CANDIDATES: self.attempt_in_time(steps)
             best = _ranked(self.trials, self.goal)[0]
             self.attempt_in_time([*best.steps, {_DRAFTS: {"num_draft_tokens": 8}}])
-        except KeyboardInterrupt: self.notes.append("It was interrupted; this is the best so far.")
+        except KeyboardInterrupt: self.notes.append(_INTERRUPTED)
 
     def attempt_in_time(self, steps: list[dict]) -> None:
         "Try a candidate if the budget is enough for it and for the end of the search."
@@ -354,7 +356,11 @@ class _Search:
         "The first of the ranking that went through the last gate, made again."
         made = {}
         while (best := _ranked(self.trials, self.goal)[0]).number not in made:
-            lm = made[best.number] = apply_language_steps(self.lm, best.steps)
+            try: lm = apply_language_steps(self.lm, best.steps)
+            except Exception as error:  # as it worked once, the original remains
+                best.status, best.why = "failed", _why_failed(error)
+                continue
+            made[best.number] = lm
             best.gates.append(_reloads(
                 lm, self.prompts[:8], best.answers[:8], self.max_new_tokens, self.threads
             ))
@@ -510,6 +516,14 @@ class _Findings:
         )
 
 # %% ../../nbs/optimize/53_language.ipynb #9987732f
+def _finished(search: _Search, named: str) -> LanguageResult:
+    "Choose, and write all of it down."
+    found = _Findings(search)
+    data = found.data(f"{named}, {search.max_new_tokens} new tokens")
+    data = json.loads(json.dumps(data))
+    return LanguageResult(found.lm, found.feasible, found.winner.steps, data)
+
+# %% ../../nbs/optimize/53_language.ipynb #d4cd2be2
 def _checked_goal(goal: Goal) -> Goal:
     "A goal with a limit of perplexity, 2 % where none is set; raises if it is for a classifier."
     _check_goal(goal)
@@ -561,6 +575,6 @@ def optimize_language_model(
         lm = _checked_model(language_model)
         search = _Search(lm, prompts, texts, goal, seconds, seed, threads, n, on_trial)
         search.run()
-        found = _Findings(search)
-        data = json.loads(json.dumps(found.data(f"{named}, {n} new tokens")))
-    return LanguageResult(found.lm, found.feasible, found.winner.steps, data)
+        try: return _finished(search, named)
+        except KeyboardInterrupt: search.notes.append(_INTERRUPTED)
+        return _finished(search, named)

@@ -251,7 +251,7 @@ class _Search:
         batch = []
         while len(batch) < self.n_jobs and self.left() > self.reserve():
             asked = self.search.ask(self.left() - self.reserve())
-            if asked is None: return self.train(batch)
+            if asked is None or any(asked[0] is one for one, _ in batch): return self.train(batch)
             if self.measure(asked[0]): batch.append(asked)
         self.train(batch)
         return True
@@ -626,7 +626,7 @@ def _sizes(task: Task, teacher: Classifier) -> dict:
 def _flips(texts: list[str], names: Sequence[str], actual, first, second) -> list[dict]:
     "The texts to which teacher and winner give different labels."
     return [
-        {"text": text, "label": names[a], "teacher": names[t], "winner": names[w]}
+        {"text": text[:400], "label": names[a], "teacher": names[t], "winner": names[w]}
         for text, a, t, w in zip(texts, actual, first, second) if t != w
     ]
 
@@ -718,12 +718,12 @@ def optimize(
     on_trial: Callable[[Trial], None] | None = None,  # called with each finished trial
 ) -> OptimizeResult | LanguageResult:
     "Search for the recipe that makes the cheapest model that keeps the goal."
+    n_jobs = _whole_number(n_jobs, "n_jobs", 1, 1 if isinstance(task, (list, tuple)) else 256)
     if isinstance(task, (list, tuple)):
         given = task, model or "smollm2", goal, budget, None, seed, threads
         return optimize_language_model(*given, on_trial=on_trial)
     _check_task(task, goal)
     seconds = parse_budget(budget)
-    n_jobs = _whole_number(n_jobs, "n_jobs")
     with _threads(threads) as threads:
         if not isinstance(model, Classifier): model = finetune(model or "minilm", task, seed=seed)
         context = StepContext(task, model, _whole_number(seed, "seed", 0, 2**32 - 1))

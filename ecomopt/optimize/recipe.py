@@ -66,8 +66,10 @@ def _texts(context: StepContext) -> list[str]:
 def _frequent_words(texts: list[str], min_count: int) -> list[str]:
     "The texts themselves; or, for more than 1, the words that occur so often in them."
     if _whole_number(min_count, "min_count") == 1: return texts
-    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
-    return [word for word, count in words.items() if count >= min_count]
+    words = [word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)]
+    counts = Counter(map(str.lower, words))
+    kept = [word for word in dict.fromkeys(words) if counts[word.lower()] >= min_count]
+    return [*kept, *(f" {word}" for word in kept)]  # to many tokenizers a space is a part of it
 
 
 _FINAL = "quantize", "calibrate", "codebooks_to_int8", "convert", "cascade"  # no training after
@@ -125,6 +127,15 @@ def _static(
 ):
     texts = _frequent_words(_texts(context), min_count)
     return static_model(model, texts, width, buckets, ngrams, seed=context.seed)
+
+# %% ../../nbs/optimize/50_recipe.ipynb #1bac9b62
+@register_step(
+    "quantize_embeddings",
+    space={"bits": (2, 8)},
+    cannot_follow=["quantize_embeddings", "share_weights", *_FINAL],
+)
+def _quantize_embeddings(model, context, *, bits: _Bits = 4):
+    return quantize(model, bits, linear=False)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
 def _part(context: StepContext, augment: int, start: float, stop: float) -> Task:
@@ -197,15 +208,6 @@ def _share_weights(
 def _prepare_qat(model, context, *, bits: _Bits = 4): return prepare_qat(model, bits)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #4e3b12f7
-@register_step(
-    "quantize_embeddings",
-    space={"bits": (2, 8)},
-    cannot_follow=["quantize_embeddings", "share_weights", *_FINAL],
-)
-def _quantize_embeddings(model, context, *, bits: _Bits = 4):
-    return quantize(model, bits, linear=False)
-
-
 @register_step("quantize", space={"embedding_bits": (4, 8), "bits": (4, 8)}, cannot_follow=_FINAL)
 def _quantize(model, context, *, embedding_bits: _Bits = 8, bits: _Bits = 8):
     return quantize(model, embedding_bits, bits=bits)
