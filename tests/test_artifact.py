@@ -195,3 +195,10 @@ def test_an_artifact_of_version_0_1_0_loads_and_is_saved_by_its_new_names(name, 
     assert artifact._RENAMED.keys().isdisjoint(entry["class"] for entry in modules)
     assert artifact._PRECISIONS.keys().isdisjoint(entry["spec"].get("precision") for entry in modules)
     assert torch.equal(logits_of(load(path)), logits)
+
+
+def test_what_could_not_be_loaded_again_is_not_written(path, monkeypatch):
+    monkeypatch.setattr(artifact, "_LARGEST", 5000)
+    before = (path / "artifact.json").read_bytes()
+    with pytest.raises(EcomoptError, match="exceed"): save(tiny.classifier(), path, measurements=[{"text": "x" * 6000}])
+    assert (path / "artifact.json").read_bytes() == before

@@ -1,5 +1,6 @@
 """Text for the teacher to answer: replaced words, several teachers, and what is refused."""
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from ecomopt.compress.augment import (
     masked_language_model,
     without_near_copies,
 )
+from ecomopt.core.train import fingerprint
 
 TEXTS = tiny.task(60).train["text"][:]
 
@@ -143,3 +145,22 @@ def test_texts_without_an_end_are_left_out():
 def test_what_it_cannot_write(change):
     given = dict(texts=TEXTS, n=4, lm=writer()) | change
     with pytest.raises(EcomoptError): generate_augment(**given)
+
+
+def test_near_copies_are_found_in_chinese():
+    copy, other = "这个手机真好用，物流也快", "屏幕坏了，客服不理人"
+    assert without_near_copies([copy, other], ["这个手机很好用，物流也快"]) == [other]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: generate_augment(TEXTS, 2, tiny.language_model(), temperature=0), "temperature"),
+    (lambda: masked_language_model(TEXTS, with_mask(), width=100), "width"),
+])
+def test_wrong_numbers_are_refused_before_training(make, words):
+    with pytest.raises(EcomoptError, match=words): make()
+
+
+def test_an_ensemble_with_another_member_is_another_teacher():
+    one, two = tiny.classifier(), tiny.classifier(seed=1)
+    first, second = (Ensemble([one, replace(two, max_length=n)]) for n in (64, 16))
+    assert fingerprint(first) != fingerprint(second)

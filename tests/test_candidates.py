@@ -12,6 +12,7 @@ from ecomopt import EcomoptError, Goal, Recipe
 from ecomopt.core.steps import step_kinds
 from ecomopt.optimize.candidates import (
     RecipeSpace,
+    _is_lost,
     _label_order,
     _no_lost_class,
     _reloads,
@@ -171,3 +172,14 @@ def test_labels_are_found_by_name(context):
 def test_a_fresh_process_gives_the_same_answers(context):
     gate = _reloads(context.teacher, context.task.valid["text"][:])
     assert gate["passed"], gate
+
+
+def test_gains_count_in_the_recall_of_a_class():
+    assert not _is_lost(40, 20, 100, 0.1) and _is_lost(40, 0, 100, 0.1)
+    assert not _is_lost(1, 0, 1, 0.1) and not _is_lost(0, 0, 0, 0.1)
+
+
+@pytest.mark.slow
+def test_cascades_are_searched_where_the_smallest_student_has_one_layer():
+    found, left_out = search_space(StepContext(tiny.task(), tiny.classifier(layers=24)))
+    assert "cascade" in found.kinds, left_out

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ecomopt.compress.static import static_model
 from ecomopt.core.artifact import disk_bytes, file_bytes, load, save
 from ecomopt.core.measure import compare, count_parameters
 from ecomopt.core.train import fingerprint
-from ecomopt.optimize.batching import Batcher
+from ecomopt.optimize.batching import Batcher, _encode
 from ecomopt.optimize.recipe import Recipe
 
 TEXTS = ["the battery is great", "the screen broke", "not a good phone, very slow", "love it", "a", "was it bad"]
@@ -262,3 +263,32 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_cannot_be_is_refused(models, wrong):
     with pytest.raises(EcomoptError): wrong(models[1], models[2], tiny.task(40))
+
+
+def test_labels_are_matched_by_name(models):
+    _, student, teacher = models
+    task = tiny.task(60)
+    turned = replace(task, labels=task.labels[::-1], valid=task.valid.map(lambda row: {"label": 1 - row["label"]}))
+    first, second = (fit_cascade([student, teacher], one, 0.3) for one in (task, turned))
+    assert first.temperatures == second.temperatures and first.thresholds == second.thresholds
+    other = replace(task, labels=("bad", "good"))
+    with pytest.raises(EcomoptError, match="labels"): fit_cascade([student, teacher], other, 0.3)
+
+
+def test_a_stage_that_is_always_sure_does_not_defer_everything():
+    sure = np.ones(100, np.float32)
+    assert _threshold(sure, 10) < 1 and not (sure < _threshold(sure, 10)).any()
+    assert _threshold(sure, 100) == 1
+
+
+def test_what_any_stage_truncates_is_said(models):
+    static, student, teacher = models
+    short = replace(teacher, max_length=8)
+    cascade = Cascade([replace(static, max_length=64), short], [0.9])
+    assert _encode(cascade, ["bad", "bad battery " * 10])[1] == [False, True]
+
+
+def test_cascades_of_other_stages_are_other_models(models):
+    _, student, teacher = models
+    first, second = (Cascade([student, replace(teacher, max_length=n)], [0.9]) for n in (64, 16))
+    assert fingerprint(first) != fingerprint(second)

@@ -1,4 +1,5 @@
 """A GGUF file holds the model; in llama.cpp, where it is installed, it writes the same text."""
+import errno
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,6 +11,7 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ecomopt import EcomoptError, load, save
+from ecomopt.accelerate import llama_cpp as module
 from ecomopt.accelerate.llama_cpp import best_language_runtime, write_gguf
 from ecomopt.accelerate.runtime_llm import convert_language_model
 from ecomopt.compress.quantize_llm import quantize_language_model
@@ -125,3 +127,18 @@ def test_a_file_that_is_none_is_refused(converted, monkeypatch):
     broken = converted[8].model
     monkeypatch.setattr(type(broken), "files", lambda self: {"gguf": np.zeros(64, np.uint8)})
     with pytest.raises(EcomoptError, match="does not read"): broken.create_session()
+
+
+def test_a_file_of_another_vocabulary_is_refused(converted, monkeypatch):
+    lying = converted[8].model
+    monkeypatch.setattr(lying.config, "vocab_size", 2**20)
+    with pytest.raises(EcomoptError, match="tokens"): lying.create_session()
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(lm, tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"before")
+    def full(*arguments): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(module, "_write_all", full)
+    with pytest.raises(EcomoptError, match="space"): write_gguf(lm.model, file)
+    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]

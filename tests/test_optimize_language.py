@@ -317,3 +317,28 @@ def test_unknown_steps_and_options_are_refused(lm):
         with pytest.raises(EcomoptError, match=near): apply_language_steps(lm, steps)
     with pytest.raises(EcomoptError, match="float16"): apply_language_steps(lm, [{"cast": {"precision": "float16"}}])
 
+
+def test_a_winner_that_cannot_be_made_again_leaves_the_next(lm, monkeypatch):
+    made, apply = [], language.apply_language_steps
+    def once(model, steps):
+        if steps and steps in made: raise RuntimeError("no memory")
+        made.append(steps)
+        return apply(model, steps)
+    monkeypatch.setattr(language, "apply_language_steps", once)
+    found = optimize(PROMPTS, lm, Goal(max_perplexity=0.5, minimize="bytes"), threads=1)
+    assert found.recipe == [] and any("no memory" in (why or "") for why in found.table["why"])
+
+
+def test_interruption_at_the_end_leaves_the_best_so_far(lm, monkeypatch):
+    calls, finished = [], language._finished
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return finished(*arguments)
+    monkeypatch.setattr(language, "_finished", interrupted)
+    found = optimize(PROMPTS, lm, Goal(max_perplexity=0.5), "1s", threads=1)
+    assert len(calls) == 2 and any("interrupted" in note for note in found.data["notes"])
+
+
+def test_language_models_are_tried_one_at_a_time(lm):
+    with pytest.raises(EcomoptError, match="n_jobs"): optimize(PROMPTS, lm, n_jobs=2)

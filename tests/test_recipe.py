@@ -348,3 +348,10 @@ def test_after_a_kill_only_the_step_under_way_is_repeated(cache):
     assert again.communicate(timeout=300)[0].split() == ["prune_structured", "distill", "waiting", "wait", "quantize"]
     after = {path: path.stat().st_mtime_ns for path in (cache / "step").glob("*/key.json")}
     assert len(after) == 4 and before.items() <= after.items()
+
+
+def test_frequent_words_stay_in_every_form_and_inside_a_text():
+    texts = ["The Battery broke", "the battery", "a phone"]
+    assert recipe_module._frequent_words(texts, 1) == texts
+    kept = recipe_module._frequent_words(texts, 2)
+    assert sorted(kept) == sorted([*(words := ["The", "the", "Battery", "battery"]), *(f" {w}" for w in words)])

@@ -54,6 +54,15 @@ def test_no_text_adds_more_padding_than_a_batch_costs(lengths, overhead):
         assert all(n * (lengths[j] - lengths[i]) <= overhead for n, (i, j) in enumerate(steps, 1))
 
 
+def test_a_batcher_can_be_started_again():
+    batcher = Batcher(tiny.classifier())
+    async def twice():
+        for _ in range(2):
+            async with batcher: logits = await batcher.logits((await batcher.encode(["good"]))[0])
+        return logits
+    assert asyncio.run(twice()).shape == (1, 2)
+
+
 def answers(model, texts, *settings, cancelled=()):
     """What a batcher gives each of many callers, and what it observed; some callers go away at once."""
     seen = []

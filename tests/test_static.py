@@ -169,3 +169,7 @@ def test_what_cannot_be_is_refused(teacher, wrong):
 
 def test_a_student_with_int8_words_is_no_student_to_train(teacher):
     with pytest.raises(EcomoptError): distill(teacher, tiny.task(20), quantize(random_student(teacher)))
+
+
+def test_a_maximum_length_of_0_is_refused(teacher):
+    with pytest.raises(EcomoptError, match="max_length"): static_model(teacher, TEXTS, 16, 64, max_length=0)

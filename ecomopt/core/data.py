@@ -308,8 +308,9 @@ class Task:
         domain: str = "more",               # what they are, for people
         text: str = "text",                 # the column of the texts in a file
     ) -> "Task":
-        "The task with more transfer text, each text once; copies of held-out texts are an error."
-        if isinstance(texts, (str, Path)):
+        "The task with more text, each once; copies of held-out text: an error, or left out of a file."
+        is_file = isinstance(texts, (str, Path))
+        if is_file:
             path = _user_path(texts)
             table = _read(path, [text]).rename(columns={text: "text"})
             _check_cells(table, {"text": text}, str(path))
@@ -317,13 +318,15 @@ class Task:
         rows = checks._text_rows(texts)
         held_out = [self.valid, self.test, *self.tests.values()]
         unseen = {normalize(row) for part in held_out for row in part["text"]}
-        copies = sum(normalize(row) in unseen for row in rows)
-        if copies:
-            what = f"{copies} of {len(rows)} texts are copies of validation or test texts."
-            raise EcomoptError(what, "Task.with_transfer", "Remove them from the transfer text.")
+        new = [row for row in rows if normalize(row) not in unseen]
+        what = f"{len(rows) - len(new)} of {len(rows)} texts are copies of validation or test texts"
+        if len(new) < len(rows) and not is_file:
+            do = "Remove them from the transfer text."
+            raise EcomoptError(f"{what}.", "Task.with_transfer", do)
+        if len(new) < len(rows): warnings.warn(f"{what}; they are left out.", stacklevel=2)
         known = {normalize(row) for part in (self.train, self.transfer) for row in part["text"]}
-        new = _new_texts(pd.DataFrame({"text": rows, "domain": domain}), known)
-        pool = pd.concat([self.transfer.to_pandas(), new])
+        more = _new_texts(pd.DataFrame({"text": new, "domain": domain}), known)
+        pool = pd.concat([self.transfer.to_pandas(), more])
         return replace(self, transfer=Dataset.from_pandas(pool, _UNLABELLED, preserve_index=False))
 
     def _read_test(self, path: str | Path, text: str, label: str) -> Dataset:
