@@ -1020,6 +1020,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ecomopt.core.data._some': ('core/data.html#_some', 'ecomopt/core/data.py'),
                                    'ecomopt.core.data._targets': ('core/data.html#_targets', 'ecomopt/core/data.py'),
                                    'ecomopt.core.data._task': ('core/data.html#_task', 'ecomopt/core/data.py'),
+                                   'ecomopt.core.data._texts': ('core/data.html#_texts', 'ecomopt/core/data.py'),
                                    'ecomopt.core.data._transfer': ('core/data.html#_transfer', 'ecomopt/core/data.py'),
                                    'ecomopt.core.data._without_duplicates': ('core/data.html#_without_duplicates', 'ecomopt/core/data.py'),
                                    'ecomopt.core.data.connected_components': ( 'core/data.html#connected_components',

@@ -310,12 +310,7 @@ class Task:
     ) -> "Task":
         "The task with more text, each once; copies of held-out text: an error, or left out of a file."
         is_file = isinstance(texts, (str, Path))
-        if is_file:
-            path = _user_path(texts)
-            table = _read(path, [text]).rename(columns={text: "text"})
-            _check_cells(table, {"text": text}, str(path))
-            texts = table["text"].astype(str).tolist()
-        rows = checks._text_rows(texts)
+        rows = _texts(_user_path(texts), text) if is_file else checks._text_rows(texts)
         held_out = [self.valid, self.test, *self.tests.values()]
         unseen = {normalize(row) for part in held_out for row in part["text"]}
         new = [row for row in rows if normalize(row) not in unseen]
@@ -663,6 +658,13 @@ def _columns(text: str, label: str, group: str | None) -> dict[str, str]:
     if text != label: return columns
     what = f"The texts and the labels are one column, {text!r}."
     raise EcomoptError(what, "arguments text and label", "Name two columns.")
+
+# %% ../../nbs/core/11_data.ipynb #b09001b6
+def _texts(path: Path, column: str) -> list[str]:
+    "The texts of a file."
+    table = _read(path, [column]).rename(columns={column: "text"})
+    _check_cells(table, {"text": column}, str(path))
+    return table["text"].astype(str).tolist()
 
 
 def _rows(table: pd.DataFrame, columns: dict[str, str], where: str) -> pd.DataFrame:
