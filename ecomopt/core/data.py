@@ -308,7 +308,7 @@ class Task:
         domain: str = "more",               # what they are, for people
         text: str = "text",                 # the column of the texts in a file
     ) -> "Task":
-        "The task with more text, each once; copies of held-out text: an error, or left out of a file."
+        "The task with more transfer text; copies of held-out text: an error, or left out of a file."
         is_file = isinstance(texts, (str, Path))
         rows = _texts(_user_path(texts), text) if is_file else checks._text_rows(texts)
         held_out = [self.valid, self.test, *self.tests.values()]
@@ -659,13 +659,6 @@ def _columns(text: str, label: str, group: str | None) -> dict[str, str]:
     what = f"The texts and the labels are one column, {text!r}."
     raise EcomoptError(what, "arguments text and label", "Name two columns.")
 
-# %% ../../nbs/core/11_data.ipynb #b09001b6
-def _texts(path: Path, column: str) -> list[str]:
-    "The texts of a file."
-    table = _read(path, [column]).rename(columns={column: "text"})
-    _check_cells(table, {"text": column}, str(path))
-    return table["text"].astype(str).tolist()
-
 
 def _rows(table: pd.DataFrame, columns: dict[str, str], where: str) -> pd.DataFrame:
     "The named columns as text, label, group; all of them strings and none empty."
@@ -752,6 +745,13 @@ def _reviews(seed: int) -> Task:
     return replace(task, transfer=_transfer(tables, known=rows.text))
 
 # %% ../../nbs/core/11_data.ipynb #519f35a3
+def _texts(path: Path, column: str) -> list[str]:
+    "The texts of a file."
+    table = _read(path, [column]).rename(columns={column: "text"})
+    _check_cells(table, {"text": column}, str(path))
+    return table["text"].astype(str).tolist()
+
+
 def _new_texts(rows: pd.DataFrame, known: set[str]) -> pd.DataFrame:
     "Rows whose text is there once, is not empty, and is none of the known, normalized texts."
     same = rows.text.map(normalize)
