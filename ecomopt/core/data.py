@@ -308,7 +308,7 @@ class Task:
         domain: str = "more",               # what they are, for people
         text: str = "text",                 # the column of the texts in a file
     ) -> "Task":
-        "The task with more transfer text; held-out text in it is an error, or is left out of a file."
+        "The task with more transfer text; held-out text is refused, or left out of a file."
         is_file = isinstance(texts, (str, Path))
         rows = _texts(_user_path(texts), text) if is_file else checks._text_rows(texts)
         held_out = [self.valid, self.test, *self.tests.values()]
