@@ -70,16 +70,18 @@ def record(n: int) -> None:
     torch.set_num_threads(THREADS)
     search = _Search(context(), Goal(), math.inf, THREADS, 1, None)
     search.prepare()
-    space, known = space_of(search), set(pd.read_csv(TABLE)["steps"]) if TABLE.exists() else set()
+    space, table = space_of(search), pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
+    table["point"] = [json.dumps(space.point(json.loads(steps)).tolist()) for steps in table["steps"]]  # of this space
+    table.to_csv(TABLE, index=False)
     sized = (_sized(steps, space) for steps in _PRIORS)
     listed = [json.dumps(steps) for steps in sized if steps is not None]
     drawn = (json.dumps(steps) for _, steps in space.propose(np.random.default_rng(0), [], 20_000))
-    new = [steps for steps in dict.fromkeys([*listed, *drawn]) if steps not in known][:n]
+    new = [steps for steps in dict.fromkeys([*listed, *drawn]) if steps not in set(table["steps"])][:n]
     for steps in new:
         row = {"steps": steps, "listed": steps in listed, "point": json.dumps(space.point(json.loads(steps)).tolist())}
         try: row |= tried(search, json.loads(steps))
         except EcomoptError as error: row["why"] = error.what
-        pd.DataFrame([row]).reindex(columns=COLUMNS).to_csv(TABLE, mode="a", header=not TABLE.exists(), index=False)
+        pd.DataFrame([row]).reindex(columns=COLUMNS).to_csv(TABLE, mode="a", header=False, index=False)
         print({k: v for k, v in row.items() if k != "point"}, flush=True)
 
 
