@@ -232,7 +232,7 @@ def test_more_transfer_text_is_new_and_held_out_text_is_refused():
 def test_transfer_text_from_a_file(tmp_path):
     task = load_task("reviews").sample(train=20, valid=5, test=5, transfer=10)
     (tmp_path / "more.tsv").write_text("said\tn\nA new text.\t1\na NEW text.\t2\n")
-    (tmp_path / "holes.csv").write_text("said\nA new text.\n\"\"\n")
+    (tmp_path / "holes.csv").write_text("said,n\nA new text.,1\n,2\n")
     more = task.with_transfer(tmp_path / "more.tsv", "shop", text="said")
     assert list(more.transfer["text"][len(task.transfer):]) == ["A new text."]
     assert more.transfer["domain"][-1] == "shop"

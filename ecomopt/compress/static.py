@@ -149,9 +149,9 @@ def static_model(
     seed: int = 0,          # of the hidden layer
 ) -> Classifier:            # to be distilled; its answers mean nothing yet
     "Make a static student whose embeddings start from the teacher's (as Model2Vec; 2024)."
+    _check_static(teacher, texts, width=width, buckets=buckets, ngrams=ngrams)
     if max_length is None: max_length = teacher.max_length
-    numbers = dict(width=width, buckets=buckets, ngrams=ngrams, max_length=max_length)
-    _check_static(teacher, texts, **numbers)
+    max_length = _whole_number(max_length, "max_length")
     counts = Counter(i for row in _token_ids(teacher.tokenizer, texts, max_length) for i in row)
     tokenizer, ids = _trim_tokenizer(teacher.tokenizer, set(counts))
     tokenizer.padding_side = "right"
