@@ -4,7 +4,7 @@ window.page = {
   images: () => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99)),
 
   figures: () => [...document.querySelectorAll('main img, main svg, main figure')].filter(e => !(
-    e.matches('figure') ? e.querySelector('figcaption, svg, img') : e.getAttribute('alt') || e.getAttribute('aria-label')
+    e.matches('figure') ? e.querySelector('figcaption') : e.getAttribute('alt') || e.getAttribute('aria-label')
   )).map(e => e.outerHTML.slice(0, 99)),
 
   headings() {

@@ -81,7 +81,8 @@ def glossary() -> tuple[dict[str, str], re.Pattern]:
     "The anchor of each term of the glossary, and a pattern of what is no prose, or a term in it."
     rows = re.findall(r'<a id=\\?"(term-[\w-]+)\\?"></a>([^|]+?) \|', GLOSSARY.read_text("utf8"))
     terms = {re.sub(r" \(.*\)", "", name): anchor for anchor, names in rows for name in names.split(", ")}
-    terms = {name.lower(): anchor for name, anchor in terms.items() if name[0].isalpha() and name not in AMBIGUOUS}
+    terms = {name.lower(): anchor for name, anchor in terms.items()
+             if re.match(r"\[?[a-z]", name, re.I) and name not in AMBIGUOUS}
     words = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(terms, key=len, reverse=True))
     pattern = rf"{NOT_PROSE} | (?<![\w-])(?P<term>{words})(?:s|es)?(?![\w-])"
     return terms, re.compile(pattern, re.M | re.S | re.X | re.I)
@@ -205,7 +206,7 @@ class texts(Processor):
     def begin(self):
         prose = "\n".join(cell.source or "" for cell in self.nb.cells if cell.cell_type == "markdown")
         self.numbers, self.seen = frozenset(re.findall(r"\\tag\{(\d+)\}", prose)), set()
-        self.has_terms = self.nb.file_.parent not in (NBS, GLOSSARY.parent)
+        self.has_terms = self.nb.file_.parent != NBS and self.nb.file_ != GLOSSARY
 
     def cell(self, cell):
         if cell.cell_type == "markdown" and cell.source:
