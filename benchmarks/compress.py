@@ -175,12 +175,16 @@ def with_lessons(task: Task) -> Task:
     return task.with_transfer(food, "food").with_transfer(augmented, "augmented")
 
 
+def words_of(lessons: Task) -> Counter:
+    """How often each word occurs in the texts, augmented ones apart."""
+    known = lessons.transfer.filter(lambda row: row["domain"] != "augmented")["text"]
+    return Counter(word for text in [*lessons.train["text"], *lessons.valid["text"], *known]
+                   for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+
+
 def student_of(name: str, seed: int) -> Classifier:
     """Ours, in float: cut from its teacher, embeddings of few bits, taught by the mean of some teachers."""
     sizes, least, bits = STUDENTS[name]
-    known = lessons.transfer.filter(lambda row: row["domain"] != "augmented")["text"]
-    words = Counter(word for text in [*task.train["text"], *task.valid["text"], *known]
-                    for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     options = dict(first_token=True, importance="taylor", task=task)
     texts = [word for word, count in words.items() if count >= least]
     start = prune_structured(teachers[seed], texts=texts, **sizes, **options)
@@ -226,6 +230,7 @@ def measured(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
 torch.set_num_threads(THREADS)
 task = load_task("reviews", tests=("amazon",))
 lessons = with_lessons(task)
+words = words_of(lessons)
 pooled = pd.concat([part.to_pandas().assign(test=name) for name, part in {"reviews": task.test, **task.tests}.items()])
 teachers = {seed: finetune("minilm", task, epochs=4, seed=seed) for seed in SEEDS}
 for name in STUDENTS:

@@ -19,7 +19,7 @@ from tools.peers import Model2Vec, TfIdf
 
 SEEDS, THREADS, ROUNDS, CALLS, PER_SOURCE = [0, 1, 2, 3, 4], 2, 7, 40, 1000
 FINETUNING = {"reviews": dict(epochs=4), "food": dict(epochs=2, max_length=64), "source": dict(epochs=2)}
-DISTILLING = {  # food reviews are long, and few of them have no label
+DISTILLING = {  # food reviews are long, and all of them have labels
     "reviews": {}, "food": dict(max_length=256, augment=20_000, alpha=0.5), "source": dict(augment=20_000)}
 NOTES = (
     f"Test splits, {THREADS} threads, tokenization included. reviews: is a sentence positive; food: has a whole review "

@@ -177,12 +177,8 @@ def test_a_student_that_cannot_answer_is_a_trial_that_failed(task, teacher, monk
 
 
 def test_interruption_at_the_end_leaves_the_best_so_far(task, teacher, monkeypatch, no_fresh_process):
-    calls, tested = [], module._tested
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 1: raise KeyboardInterrupt
-        return tested(*arguments)
-    monkeypatch.setattr(module, "_tested", interrupted)
+    tested, calls = tiny.interrupted_once(module._tested)
+    monkeypatch.setattr(module, "_tested", tested)
     found = optimize(task, teacher, Goal(max_drop=0.2), "5s")
     assert found.feasible and len(calls) == 2 and any("interrupted" in note for note in found.data["notes"])
 

@@ -330,12 +330,8 @@ def test_a_winner_that_cannot_be_made_again_leaves_the_next(lm, monkeypatch):
 
 
 def test_interruption_at_the_end_leaves_the_best_so_far(lm, monkeypatch):
-    calls, finished = [], language._finished
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 1: raise KeyboardInterrupt
-        return finished(*arguments)
-    monkeypatch.setattr(language, "_finished", interrupted)
+    finished, calls = tiny.interrupted_once(language._finished)
+    monkeypatch.setattr(language, "_finished", finished)
     found = optimize(PROMPTS, lm, Goal(max_perplexity=0.5), "1s", threads=1)
     assert len(calls) == 2 and any("interrupted" in note for note in found.data["notes"])
 

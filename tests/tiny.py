@@ -109,3 +109,13 @@ def edit_weights(folder: Path, change: Callable[[dict], dict]) -> None:
     """Change the tensors of such a directory."""
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
+
+
+def interrupted_once(function: Callable) -> tuple[Callable, list]:
+    """The function, interrupted when it is called first; and its calls."""
+    calls = []
+    def wrapper(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return function(*arguments)
+    return wrapper, calls

@@ -17,16 +17,12 @@ from model2vec.distill import distill_from_model  # noqa: E402
 from model2vec.train import StaticModelForClassification  # noqa: E402
 
 
-class Probabilities:
-    """A classifier of scikit-learn's kind: `pipeline` has classes_ and predict_proba."""
-
-    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
-        """Log probabilities, [texts, classes]."""
-        found = self.pipeline.predict_proba(list(texts))
-        return torch.from_numpy(np.log(np.maximum(found, 1e-12))).float()
+def log_probabilities(found: np.ndarray) -> torch.Tensor:
+    """As logits, [texts, classes]."""
+    return torch.from_numpy(np.log(np.maximum(found, 1e-12))).float()
 
 
-class TfIdf(Probabilities):
+class TfIdf:
     """Words and pairs of words, and logistic regression, on the labelled texts."""
 
     def __init__(self, task: Task):
@@ -35,12 +31,16 @@ class TfIdf(Probabilities):
         self.pipeline = make_pipeline(words, LogisticRegression(C=10, max_iter=1000))
         self.pipeline.fit(task.train["text"][:], task.train["label"][:])
 
+    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
+        """Log probabilities, [texts, classes]."""
+        return log_probabilities(self.pipeline.predict_proba(list(texts)))
+
     def bytes(self, path: Path) -> int:
         """On disk."""
         return len(pickle.dumps(self.pipeline))
 
 
-class Model2Vec(Probabilities):
+class Model2Vec:
     """model2vec: distilled from the encoder of a teacher, and fine-tuned on the labelled texts."""
 
     def __init__(self, teacher: Classifier, task: Task, seed: int):
@@ -51,6 +51,10 @@ class Model2Vec(Probabilities):
                   random_seed=seed)
         self.pipeline = model.to_pipeline()
         self.labels = tuple(map(str, self.pipeline.classes_))
+
+    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
+        """Log probabilities, [texts, classes]."""
+        return log_probabilities(self.pipeline.predict_proba(list(texts), batch_size=batch_size))
 
     def bytes(self, path: Path) -> int:
         """On disk."""
