@@ -73,15 +73,39 @@ def no_fresh_process(monkeypatch):
     monkeypatch.setattr(module, "_reloads", lambda model, texts: _gate("skipped", True, ""))
 
 
+@contextlib.contextmanager
+def searched(asks: int):
+    """Searches that ask so many times what to try, in place of seconds: how fast the machine is decides nothing."""
+    class Counted(module.ConstrainedSearch):
+        n_asked = 0
+        def ask(self, *seconds_left):
+            self.n_asked += 1
+            return super().ask(*seconds_left)
+
+    def left(search): return 80.0 if search.search.n_asked < asks else 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ConstrainedSearch", Counted)
+        patch.setattr(module._Search, "left", left)
+        patch.setattr(module._Search, "expected", lambda self, *part: self.n_texts(*part) / 100)
+        patch.setattr(module, "_PRIORS", json.loads(json.dumps(module._PRIORS).replace("20000", "200")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def result(task, teacher): return optimize(task, teacher, Goal(max_drop=0.2), "30s")
+def result(task, teacher):
+    with searched(20): return optimize(task, teacher, Goal(max_drop=0.2))
+
+
+@pytest.fixture
+def few_trials():
+    with searched(5): yield
 
 
 def test_there_is_one_winner_and_it_keeps_the_goal(result, task, teacher):
     trials = result.data["trials"]
     won = [trial for trial in trials if trial["winner"]]
     assert len(won) == 1 and result.feasible and won[0]["drop"] <= 0.2
-    assert len(trials) >= 2  # how many depends on the machine
+    assert len(trials) > 2 and any(trial["fraction"] == 1 for trial in trials[1:])
     assert all(gate["passed"] for gate in result.data["gates"]) and len(result.data["gates"]) == 4
     assert result.verdict.sentences == len(task.test)
     assert trials[0]["steps"] == [], "the teacher is the first trial"
@@ -125,7 +149,7 @@ def test_the_front_is_a_front_and_tables_are_whole(result):
 
 def test_what_breaks_a_limit_is_never_trained(task, teacher, no_fresh_process):
     most = 0.9 * disk_bytes_of(teacher)
-    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"), "20s")
+    with searched(12): found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=int(most), minimize="bytes"))
     over = [t for t in found.data["trials"] if t["disk_bytes"] and t["disk_bytes"] > most]
     assert over and all(t["status"] == "cost" and t["drop"] is None for t in over)
     assert found.feasible and found.data["winner"]["disk_bytes"] <= most
@@ -137,9 +161,9 @@ def disk_bytes_of(model) -> int:
     with tempfile.TemporaryDirectory() as folder: return disk_bytes(save(model, Path(folder) / "m"))
 
 
-def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path, no_fresh_process):
+def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path, no_fresh_process, few_trials):
     with pytest.warns(UserWarning, match="cannot be kept"):
-        found = optimize(task, teacher, Goal(max_bytes=10), "5s")
+        found = optimize(task, teacher, Goal(max_bytes=10))
     assert not found.feasible and "times the disk_bytes of the limit" in found.data["reason"]
     assert any("cannot be kept" in note for note in found.data["notes"])
     assert load(found.save(tmp_path / "closest")).labels == task.labels
@@ -157,29 +181,35 @@ def test_a_limit_that_only_one_kind_of_student_keeps_is_possible(task, teacher):
     with pytest.warns(UserWarning, match="typically"): assert not search.is_possible()
 
 
-def test_a_fault_of_another_library_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process):
+def test_a_fault_of_another_library_is_a_trial_that_failed(
+    task, teacher, monkeypatch, no_fresh_process, few_trials
+):
     def broken(*arguments): raise RuntimeError("it fell over\nand more")
     for name in ("build_untrained", "_trained"): monkeypatch.setattr(module, name, broken)
-    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=10**9), "10s")
+    found = optimize(task, teacher, Goal(max_drop=0.2, max_bytes=10**9))
     assert found.model is teacher and found.feasible
     assert any(t["why"] == "RuntimeError: it fell over" for t in found.data["trials"])
 
 
-def test_a_student_that_cannot_answer_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process):
+def test_a_student_that_cannot_answer_is_a_trial_that_failed(
+    task, teacher, monkeypatch, no_fresh_process, few_trials
+):
     predict = module._predict
     def broken(name, model, *others):
         if "distill" in name: raise RuntimeError("no answer")
         return predict(name, model, *others)
     monkeypatch.setattr(module, "_predict", broken)
-    found = optimize(task, teacher, Goal(max_drop=0.2), "20s")
+    found = optimize(task, teacher, Goal(max_drop=0.2))
     failed = [t for t in found.data["trials"] if t["status"] == "failed"]
     assert failed and {t["why"] for t in failed} == {"RuntimeError: no answer"} and found.feasible
 
 
-def test_interruption_at_the_end_leaves_the_best_so_far(task, teacher, monkeypatch, no_fresh_process):
+def test_interruption_at_the_end_leaves_the_best_so_far(
+    task, teacher, monkeypatch, no_fresh_process, few_trials
+):
     tested, calls = tiny.interrupted_once(module._tested)
     monkeypatch.setattr(module, "_tested", tested)
-    found = optimize(task, teacher, Goal(max_drop=0.2), "5s")
+    found = optimize(task, teacher, Goal(max_drop=0.2))
     assert found.feasible and len(calls) == 2 and any("interrupted" in note for note in found.data["notes"])
 
 
@@ -191,29 +221,31 @@ def test_texts_without_words_have_a_baseline():
     assert found["accuracy"] == 1.0 and found["disk_bytes"] > 0
 
 
-def test_without_a_model_the_default_teacher_is_fine_tuned(task, teacher, monkeypatch, no_fresh_process):
+def test_without_a_model_the_default_teacher_is_fine_tuned(
+    task, teacher, monkeypatch, no_fresh_process, few_trials
+):
     asked = []
     def tuned(*arguments, **options):
         asked.append((*arguments, options))
         return teacher
     monkeypatch.setattr(module, "finetune", tuned)
-    found = optimize(task, goal=Goal(max_drop=0.2), budget="2s", seed=3)
+    found = optimize(task, goal=Goal(max_drop=0.2), seed=3)
     assert asked == [("minilm", task, {"seed": 3})] and found.feasible
 
 
-def test_trials_run_in_parallel(task, teacher, no_fresh_process):
-    found = optimize(task, teacher, Goal(max_drop=0.2), "10s", n_jobs=2)
+def test_trials_run_in_parallel(task, teacher, no_fresh_process, few_trials):
+    found = optimize(task, teacher, Goal(max_drop=0.2), n_jobs=2)
     assert found.feasible and any(t["fraction"] for t in found.data["trials"])
 
 
-def test_no_round_trains_a_candidate_twice(task, teacher, monkeypatch, no_fresh_process):
+def test_no_round_trains_a_candidate_twice(task, teacher, monkeypatch, no_fresh_process, few_trials):
     rounds, train = [], module._Search.train
     def noted(self, batch, complete=False):
         rounds.append([id(candidate) for candidate, _ in batch])
         return train(self, batch, complete)
     monkeypatch.setattr(module._Search, "train", noted)
     monkeypatch.setattr(module, "Parallel", lambda n_jobs: lambda jobs: [f(*args) for f, args, _ in jobs])
-    optimize(task, teacher, Goal(max_drop=0.2), "12s", n_jobs=3)
+    optimize(task, teacher, Goal(max_drop=0.2), n_jobs=3)
     assert max(map(len, rounds)) > 1 and all(len(set(one)) == len(one) for one in rounds)
 
 
@@ -261,10 +293,12 @@ def test_interruption_before_the_first_trial_leaves_the_teacher(task, teacher, m
     assert found.model is teacher and found.feasible
 
 
-def test_a_step_that_fails_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process):
+def test_a_step_that_fails_is_a_trial_that_failed(
+    task, teacher, monkeypatch, no_fresh_process, few_trials
+):
     def broken(*arguments): raise EcomoptError("It is broken.", "here", "Mend it.")
     monkeypatch.setattr(module, "build_untrained", broken)
-    found = optimize(task, teacher, Goal(max_drop=0.2), "10s")
+    found = optimize(task, teacher, Goal(max_drop=0.2))
     assert all(t["status"] in ("failed", "trained") for t in found.data["trials"]) and found.model is teacher
     assert any(t["why"] == "It is broken." for t in found.data["trials"])
 
@@ -298,8 +332,8 @@ def test_what_an_architecture_does_not_support_is_left_out_and_said(name, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["DistilBERT", "XLM-R", "ALBERT", "DeBERTa-v3", "ModernBERT", "LLaMA", "T5"])
-def test_any_architecture_is_optimized_and_comes_back(name, tmp_path, no_fresh_process):
-    found = optimize(tiny.task(120), loaded(name, tmp_path / "model"), Goal(max_drop=0.5), "4s", threads=1)
+def test_any_architecture_is_optimized_and_comes_back(name, tmp_path, no_fresh_process, few_trials):
+    found = optimize(tiny.task(120), loaded(name, tmp_path / "model"), Goal(max_drop=0.5), threads=1)
     assert found.feasible
     again = load(found.save(tmp_path / "small"))
     assert again.predict(["good", "bad battery"]) == found.model.predict(["good", "bad battery"])
@@ -313,7 +347,7 @@ def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path, no_fresh_
     table.to_json(tmp_path / "texts.jsonl", orient="records", lines=True, force_ascii=False)
     task = Task.from_csv(tmp_path / "texts.jsonl", "text", "label")
     teacher = keep_layers(load_model("minilm", task.labels, max_length=64), 1)
-    found = optimize(task, teacher, Goal(max_drop=0.5), "5s", threads=1)
+    with searched(2): found = optimize(task, teacher, Goal(max_drop=0.5), threads=1)
     assert len(found.model.labels) == 50 and found.data["task"]["truncated"]["train"] > 0
     assert "Größe 7" in html_report(found.data)
 
@@ -365,20 +399,8 @@ COLUMNS = ("reviews.csv", "--text", "review", "--label", "stars")
 
 
 def test_the_main_job_in_one_line(shop):
-    ran = run(
-        shop,
-        "optimize",
-        *COLUMNS,
-        "--model",
-        "teacher",
-        "--max-drop",
-        "0.3",
-        "--budget",
-        "20s",
-        "--out",
-        "small",
-        "--json",
-    )
+    words = ("--model", "teacher", "--max-drop", "0.3", "--budget", "5s", "--out", "small", "--json")
+    ran = run(shop, "optimize", *COLUMNS, *words)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["feasible"] and Path(shop / "small" / "artifact.json").exists()
@@ -433,8 +455,8 @@ def test_students_learn_from_a_file_without_labels(shop):
         assert invoke(shop, *words, "--unlabelled", "copies.csv").exit_code == 0
 
 
-def test_a_goal_that_is_not_met_is_exit_code_1(shop, no_fresh_process):
-    words = ("--model", "teacher", "--max-bytes", "9", "--budget", "5s", "--out", "closest")
+def test_a_goal_that_is_not_met_is_exit_code_1(shop, no_fresh_process, few_trials):
+    words = ("--model", "teacher", "--max-bytes", "9", "--out", "closest")
     ran = invoke(shop, "optimize", *COLUMNS, *words)
     assert ran.exit_code == 1 and (shop / "closest" / "artifact.json").exists()
 
