@@ -239,10 +239,10 @@ class _Search:
             try: found.append(self.costs(build_untrained(steps, self.context), 1, 10))
             except Exception: continue  # noqa: S112 -- the trials say why a step fails
         for name, limit in limits.items() if found else ():
-            low, typical = np.quantile([one[name] for one in found], [0, 0.5])
+            low, typical, high = np.quantile([one[name] for one in found], [0, 0.5, 1])
             if low <= limit: continue
-            self.impossible = f"The smallest models have {name} = {low:.4g} at least, typically " \
-                              f"{typical:.4g}: the limit of {limit:.4g} cannot be kept."
+            self.impossible = f"The smallest models have {name} from {low:.4g} to {high:.4g}, " \
+                f"typically {typical:.4g}: the limit of {limit:.4g} cannot be kept."
             warnings.warn(self.impossible, stacklevel=4)
         return not self.impossible
 
