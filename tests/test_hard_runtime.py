@@ -11,33 +11,18 @@ import tiny
 import torch
 from torch import nn
 from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    ElectraConfig,
-    ElectraForSequenceClassification,
     FNetConfig,
     FNetForSequenceClassification,
-    FunnelConfig,
-    FunnelForSequenceClassification,
     GPT2Config,
-    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    LongformerConfig,
-    LongformerForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MPNetConfig,
-    MPNetForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -66,18 +51,6 @@ TEXTS = ["bad", "the battery is great", "a phone works very good not bad", "scre
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.2)
 ENCODERS = {
     "RoBERTa": (RobertaForSequenceClassification, RobertaConfig, SIZES | dict(max_position_embeddings=40)),
-    "ELECTRA": (ElectraForSequenceClassification, ElectraConfig, SIZES | dict(embedding_size=16)),
-    "ALBERT": (AlbertForSequenceClassification, AlbertConfig, SIZES | dict(embedding_size=16)),
-    "MPNet": (MPNetForSequenceClassification, MPNetConfig, SIZES),
-    "GPT-2": (GPT2ForSequenceClassification, GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)),
-    "LLaMA": (LlamaForSequenceClassification, LlamaConfig, SIZES | dict(num_key_value_heads=2)),
-    "DeBERTa": (
-        DebertaV2ForSequenceClassification,
-        DebertaV2Config,
-        SIZES | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32),
-    ),
-    "Longformer": (LongformerForSequenceClassification, LongformerConfig, SIZES | dict(attention_window=[4, 4])),
-    "Funnel": (FunnelForSequenceClassification, FunnelConfig, dict(d_model=32, n_head=4, d_head=8, block_sizes=[1, 1])),
     "FNet": (FNetForSequenceClassification, FNetConfig, SIZES),
 }
 
@@ -104,20 +77,15 @@ def converted(name: str, architecture: str | None = None):
 
 # ---------------------------------------------------------------- what is converted
 
-OTHERS = "ELECTRA", "ALBERT", "GPT-2", "LLaMA", "FNet"  # in one of the two, to save time
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name, architecture", [
-    ("openvino", "RoBERTa"), ("openvino", "MPNet"), ("openvino", "DeBERTa"), ("openvino", "Longformer"),
-    ("openvino", "Funnel"), *(("onnxruntime", architecture) for architecture in ("RoBERTa", *OTHERS)),
-])
+@pytest.mark.parametrize("name, architecture", [("openvino", "RoBERTa"), ("onnxruntime", "RoBERTa"),
+                                                ("onnxruntime", "FNet")])  # others: test_architectures
 def test_an_architecture_is_converted_right_or_refused(name, architecture):
     model = encoder(architecture)
     try: other = converted(name, architecture)
     except EcomoptError as error:
         assert f"{name} cannot run the model in float32" in error.what
-        assert architecture in ("DeBERTa", "Longformer", "Funnel", "FNet", "GPT-2", "LLaMA"), error
+        assert architecture == "FNet", error
         return
     for batch_size in (1, 2, 3, 5):
         assert torch.allclose(other.logits(TEXTS, batch_size), model.logits(TEXTS, batch_size), atol=1e-3)
