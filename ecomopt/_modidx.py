@@ -285,6 +285,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._graph': ( 'accelerate/runtime.html#_graph',
                                                                                    'ecomopt/accelerate/runtime.py'),
+                                            'ecomopt.accelerate.runtime._in_graph': ( 'accelerate/runtime.html#_in_graph',
+                                                                                      'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._in_torch': ( 'accelerate/runtime.html#_in_torch',
                                                                                       'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._make': ( 'accelerate/runtime.html#_make',

@@ -128,7 +128,7 @@ def _graph(model: PreTrainedModel) -> ExportedProgram:
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #ed44056b
 def _write_openvino(
-    model: PreTrainedModel,
+    program: ExportedProgram,
     precision: str,
     examples: list[dict],
     folder: Path,
@@ -136,7 +136,7 @@ def _write_openvino(
     "Operators as XML, numbers in a second file; int8 by NNCF, calibrated on the examples."
     import nncf
     import openvino
-    graph = openvino.convert_model(_graph(model))
+    graph = openvino.convert_model(program)
     if precision == "int8":
         data, kind = nncf.Dataset(examples), nncf.ModelType.TRANSFORMER
         graph = nncf.quantize(graph, data, model_type=kind, subset_size=len(examples))
@@ -167,7 +167,7 @@ def _open_openvino_model(
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3d31c99f
 def _write_onnxruntime(
-    model: PreTrainedModel,
+    program: ExportedProgram,
     precision: str,
     examples: list[dict],
     folder: Path,
@@ -175,8 +175,7 @@ def _write_onnxruntime(
     "One file; int8 by ONNX Runtime's own tool, which scales each input dynamically."
     import onnx
     from onnxruntime.quantization import quantize_dynamic
-    if precision == "bfloat16": model = copy.deepcopy(model).bfloat16()
-    graph = torch.onnx.export(_graph(model), dynamo=True, verbose=False).model_proto
+    graph = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     for node in graph.graph.node: node.ClearField("metadata_props")  # source lines and file names
     onnx.save(graph, folder / "graph.onnx")
     if precision == "int8": quantize_dynamic(graph, folder / "graph.onnx", per_channel=True)
@@ -365,6 +364,7 @@ class GraphRuntime(RuntimeFiles):
     def from_model(
         cls,
         model: PreTrainedModel,  # in float32; its word embeddings may be quantized
+        program: ExportedProgram,  # the model's, in the precision to write
         runtime: str,            # "onnxruntime" or "openvino"
         precision: str,          # "float32", "bfloat16" or "int8"
         examples: list[dict],    # inputs to calibrate with
@@ -378,7 +378,7 @@ class GraphRuntime(RuntimeFiles):
         spec = dict(runtime=runtime, precision=precision, **counts)
         write, _ = _GRAPHS[runtime]
         with tempfile.TemporaryDirectory() as folder:
-            write(model, precision, examples, Path(folder))
+            write(program, precision, examples, Path(folder))
             return cls.from_folder(Path(folder), model.config, **spec)
 
     def create_session(self) -> Callable:  # from token ids and mask [B, L] to logits [B, C]
@@ -437,7 +437,7 @@ def _in_torch(classifier: Classifier, precision: str) -> PreTrainedModel:
 # %% ../../nbs/accelerate/34_runtime.ipynb #55299645
 class _Traced(TorchRuntime):
     "The graph that other runtimes get, run by PyTorch."
-    def create_session(self) -> Callable: return _graph(self.model).module()
+    def create_session(self) -> Callable: return self.program.module()
 
 
 def _probes(classifier: Classifier) -> list[str]:
@@ -461,29 +461,26 @@ def _check_same(converted: Classifier, classifier: Classifier, texts: list[str])
         where = f"{len(classifier.encode(texts)[error.argmax()])} tokens in batches of {batch_size}"
         raise ValueError(f"the logits of a text of {where} differ by {error.max():.2g}")
 
-# %% ../../nbs/accelerate/34_runtime.ipynb #9441e51a
-def _check_model(classifier: Classifier) -> None:
-    "Raise if it is no classifier, or one that was converted or quantized before."
-    _check_classifier(classifier, "classifier")
-    if isinstance(classifier.model, ConvertedModel): classifier.model.get_input_embeddings()
-    is_int8 = any(isinstance(module, Int8Linear) for module in classifier.model.modules())
-    if not is_int8 and isinstance(classifier.model, PreTrainedModel): return
-    kind = "quantized already" if is_int8 else f"no transformer: {type(classifier.model).__name__}"
-    do = "Convert the float model, precision='int8' quantizes it; of a cascade, convert the stages."
-    raise EcomoptError(f"The model is {kind}.", "convert", do)
+# %% ../../nbs/accelerate/34_runtime.ipynb #b15e1626
+def _in_graph(
+    classifier: Classifier, runtime: str, precision: str, texts: list[str]
+) -> GraphRuntime:
+    "The model in another runtime; its graph, before it is rounded, is compared with PyTorch."
+    program, examples = _graph(classifier.model), _examples(classifier, texts)
+    if precision != "float32":
+        traced = _Traced(classifier.model, runtime, "float32")
+        traced.program = program
+        _check_same(replace(classifier, model=traced), classifier, [])
+    if (runtime, precision) == ("onnxruntime", "bfloat16"):
+        program = _graph(_in_torch(classifier, precision))
+    return GraphRuntime.from_model(classifier.model, program, runtime, precision, examples)
 
 
 def _make(classifier: Classifier, runtime: str, precision: str, texts: list[str]) -> Classifier:
     "Convert, and compare with PyTorch."
     classifier.logits(_probes(classifier))  # raises if they are not finite
-    if runtime in _GRAPHS:
-        if precision != "float32":  # the graph without its rounding
-            traced = _Traced(classifier.model, runtime, "float32")
-            _check_same(replace(classifier, model=traced), classifier, [])
-        examples = _examples(classifier, texts)
-        model = GraphRuntime.from_model(classifier.model, runtime, precision, examples)
-    else:
-        model = TorchRuntime(_in_torch(classifier, precision), runtime, precision)
+    if runtime in _GRAPHS: model = _in_graph(classifier, runtime, precision, texts)
+    else: model = TorchRuntime(_in_torch(classifier, precision), runtime, precision)
     converted = replace(classifier, model=model.eval())
     _check_same(converted, classifier, texts)
     return converted
@@ -507,6 +504,17 @@ def _silenced() -> Iterator[None]:
             logging.disable(disabled)  # which also forgets what was enabled
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #2c83c01e
+def _check_model(classifier: Classifier) -> None:
+    "Raise if it is no classifier, or one that was converted or quantized before."
+    _check_classifier(classifier, "classifier")
+    if isinstance(classifier.model, ConvertedModel): classifier.model.get_input_embeddings()
+    is_int8 = any(isinstance(module, Int8Linear) for module in classifier.model.modules())
+    if not is_int8 and isinstance(classifier.model, PreTrainedModel): return
+    kind = "quantized already" if is_int8 else f"no transformer: {type(classifier.model).__name__}"
+    do = "Convert the float model, precision='int8' quantizes it; of a cascade, convert the stages."
+    raise EcomoptError(f"The model is {kind}.", "convert", do)
+
+
 def _with_timeout(
     timeout: float,  # seconds
     call: Callable,  # what to do
