@@ -515,11 +515,7 @@ def _check_model(classifier: Classifier) -> None:
     raise EcomoptError(f"The model is {kind}.", "convert", do)
 
 
-def _with_timeout(
-    timeout: float,  # seconds
-    call: Callable,  # what to do
-    *arguments,      # of the call
-) -> object:
+def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
     "What `call` returns or raises; a call that takes longer goes on in its thread, ignored."
     answer = SimpleQueue()
 
@@ -528,8 +524,8 @@ def _with_timeout(
         except Exception as error: answer.put((None, error))
 
     Thread(target=work, daemon=True).start()
-    try: result, error = answer.get(timeout=timeout)
-    except Empty: raise TimeoutError(f"it took longer than {timeout:g} s") from None
+    try: result, error = answer.get(timeout=seconds)
+    except Empty: raise TimeoutError(f"it took longer than {seconds:g} s") from None
     if error: raise error
     return result
 
