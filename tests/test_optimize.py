@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ from ecomopt.compress.distill import keep_layers
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.steps import _KINDS, step_kinds
 from ecomopt.optimize import optimize as module
+from ecomopt.optimize import recipe
 from ecomopt.optimize.candidates import _gate, search_space
 from ecomopt.optimize.cli import app
 from ecomopt.optimize.recipe import StepContext
@@ -411,7 +413,9 @@ def test_the_main_job_in_one_line(shop):
     assert labelled[0] == "review,stars,label,score" and len(labelled) == 301
 
 
-def test_the_command_of_the_report_makes_the_model_again(shop, result):
+def test_the_command_of_the_report_makes_the_model_again(shop, result, monkeypatch):
+    quick = partial(recipe.compare, repeats=1, calls=2, memory=False)  # without fresh processes
+    monkeypatch.setattr(recipe, "compare", quick)
     result.save(shop / "found")
     (shop / "recipe.yaml").write_text(result.data["recipe"])
     page = html.unescape(module_report(shop / "found"))
