@@ -227,7 +227,8 @@ def measured(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
     return rows, {name: found == actual for name, found in answers.items()}
 
 
-if sys.argv[1:2] != ["train"]: torch.set_num_threads(THREADS)
+only_train = sys.argv[1:2] == ["train"]
+if not only_train: torch.set_num_threads(THREADS)  # else as OMP_NUM_THREADS says: processes train side by side
 task = load_task("reviews", tests=("amazon",))
 lessons = with_lessons(task)
 words = words_of(lessons)
@@ -235,7 +236,7 @@ pooled = pd.concat([part.to_pandas().assign(test=name) for name, part in {"revie
 teachers = {seed: finetune("minilm", task, epochs=4, seed=seed) for seed in SEEDS}
 for seed in map(int, sys.argv[2:] or SEEDS):
     for name in STUDENTS: student_of(name, seed)
-if sys.argv[1:]: sys.exit()
+if only_train: sys.exit()
 results = [measured(seed) for seed in SEEDS]
 groups = pd.DataFrame([row for rows, _ in results for row in rows]).groupby("model", sort=False)
 table = groups[["sentences/s", "× throughput", "p50 ms", "× p50", "MB", "1/× bytes"]].median()

@@ -363,11 +363,11 @@ class GraphRuntime(RuntimeFiles):
     @classmethod
     def from_model(
         cls,
-        model: PreTrainedModel,  # in float32; its word embeddings may be quantized
+        model: PreTrainedModel,    # in float32; its word embeddings may be quantized
         program: ExportedProgram,  # the model's, in the precision to write
-        runtime: str,            # "onnxruntime" or "openvino"
-        precision: str,          # "float32", "bfloat16" or "int8"
-        examples: list[dict],    # inputs to calibrate with
+        runtime: str,              # "onnxruntime" or "openvino"
+        precision: str,            # "float32", "bfloat16" or "int8"
+        examples: list[dict],      # inputs to calibrate with
     ) -> "GraphRuntime":
         "Convert a model, and read the files."
         one, two, three = (count_macs(model, tokens) for tokens in (1, 2, 3))
