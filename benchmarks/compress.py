@@ -1,9 +1,10 @@
 """The stack: this library's whole chain beside other tools on the same teachers, time-interleaved in one process.
 
-    python -m benchmarks.compress train 0 1    only trains what the students of these seeds need and the cache lacks
-    python -m benchmarks.compress              trains what is missing, and measures
+    TRAIN=1 python -m benchmarks.compress 0 1    only trains what the students of these seeds need and the cache lacks
+    python -m benchmarks.compress 0 1            measures these seeds; without any, all that were not measured yet
 """
 import copy
+import os
 import re
 import sys
 import tempfile
@@ -14,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nncf
-import numpy as np
 import onnxruntime
 import openvino
 import pandas as pd
@@ -28,13 +28,14 @@ from ecomopt.compress.augment import Ensemble, without_near_copies
 from ecomopt.compress.distill import ngram_augment, teacher_logits
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.measure import _predict, time_interleaved
-from ecomopt.core.verdict import mean_interval, noninferiority_test
+from ecomopt.core.verdict import noninferiority_test
 from tools.bench import report
+from tools.seeds import digits, each_once, over_seeds, right_answers
 
 SEEDS, THREADS, ROUNDS, CALLS, CALIBRATION = [0, 1, 2, 3, 4], 2, 7, 40, 304
 RUNTIMES = "OpenVINO", "ONNX Runtime"
 MEMBERS, FOOD, AUGMENTED, EPOCHS = 3, 24_000, 20_000, 4
-MARGINS, DEFERRED = (0.02, 0.01), (0.05, 0.15)
+MARGINS, DEFERRED = {"at 2 points": 0.02, "at 1 point": 0.01}, (0.05, 0.15)
 STUDENTS = {  # sizes, the least count of a word in the vocabulary, bits of the embeddings
     "ours": (dict(layers=4, neurons=256, heads=4), 2, 4),
     "ours, smaller": (dict(layers=3, neurons=192, heads=4), 3, 3),
@@ -212,46 +213,38 @@ def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:
         "OpenVINO + NNCF int8": foreign(teacher, openvino_int8, texts), **ours}
 
 
-def measured(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """One row a model: speed beside the teacher's, bytes, verdict; and which sentences it gets right."""
+def measured(seed: int) -> list[dict]:
+    """One row a model: speed beside the teacher's, bytes, verdicts, and which sentences it gets right."""
     models, first = models_of(seed), "float32 eager (teacher)"
     classifiers = {name: model for name, (model, _) in models.items()}
     answers = {name: _predict(name, c, pooled.text.tolist(), task.labels, 32) for name, c in classifiers.items()}
     rounds, _ = time_interleaved(classifiers, task.test["text"][:], ROUNDS, CALLS, 32, seed)
     rates, p50, actual = rounds["sentences/s"], rounds["p50 ms"], pooled.label.to_numpy()
-    rows = [{"model": name, "sentences/s": rates[name].median(), "× throughput": (rates[name] / rates[first]).median(),
+    return [{"model": name, "sentences/s": rates[name].median(), "× throughput": (rates[name] / rates[first]).median(),
         "p50 ms": p50[name].median(), "× p50": (p50[first] / p50[name]).median(), "MB": size / 1e6,
         "1/× bytes": models[first][1] / size,
-        **{margin: noninferiority_test(answers[first], answers[name], actual, margin).outcome.split(" with")[0]
-           for margin in MARGINS}} for name, (_, size) in models.items()]
-    return rows, {name: found == actual for name, found in answers.items()}
+        "right": digits(answers[name] == actual),
+        **{at: noninferiority_test(answers[first], answers[name], actual, margin).outcome.split(" with")[0]
+           for at, margin in MARGINS.items()}} for name, (_, size) in models.items()]
 
 
-only_train = sys.argv[1:2] == ["train"]
+only_train = "TRAIN" in os.environ
 if not only_train: torch.set_num_threads(THREADS)  # else as OMP_NUM_THREADS says: processes train side by side
 task = load_task("reviews", tests=("amazon",))
 lessons = with_lessons(task)
 words = words_of(lessons)
 pooled = pd.concat([part.to_pandas().assign(test=name) for name, part in {"reviews": task.test, **task.tests}.items()])
 teachers = {seed: finetune("minilm", task, epochs=4, seed=seed) for seed in SEEDS}
-for seed in map(int, sys.argv[2:] or SEEDS):
-    for name in STUDENTS: student_of(name, seed)
-if only_train: sys.exit()
-results = [measured(seed) for seed in SEEDS]
-groups = pd.DataFrame([row for rows, _ in results for row in rows]).groupby("model", sort=False)
-table = groups[["sentences/s", "× throughput", "p50 ms", "× p50", "MB", "1/× bytes"]].median()
-table["× throughput, range"] = groups["× throughput"].agg(lambda x: f"{x.min():.3g} to {x.max():.3g}")
-right = {name: np.array([found[name] for _, found in results]) for name in table.index}
-teacher = right["float32 eager (teacher)"].mean(1)
-retained = {name: found.mean(1) / teacher for name, found in right.items()}
-intervals = {name: mean_interval(found) for name, found in right.items()}
-table["accuracy"] = [intervals[name][0] for name in table.index]
-table["interval"] = ["{1:.3f} to {2:.3f}".format(*intervals[name]) for name in table.index]
-table["retained"] = [retained[name].mean() for name in table.index]
-table["retained, range"] = [f"{retained[name].min():.3f} to {retained[name].max():.3f}" for name in table.index]
+if only_train:
+    for seed in map(int, sys.argv[1:] or SEEDS):
+        for name in STUDENTS: student_of(name, seed)
+    sys.exit()
+seeds, where, rows = each_once("compress", measured, SEEDS)
+table = over_seeds(rows, "× throughput")
 for test in pooled.test.unique():
-    table[f"accuracy, {test}"] = [right[name][:, (pooled.test == test).to_numpy()].mean() for name in table.index]
-for margin in MARGINS:
-    counts = groups[margin].agg(lambda x: ", ".join(f"{n} {outcome}" for outcome, n in x.value_counts().items()))
-    table["at 1 point" if margin == 0.01 else f"at {100 * margin:g} points"] = counts
-report("compress", table.round(4).reset_index(), SEEDS, NOTES)
+    is_in, right = (pooled.test == test).to_numpy(), right_answers(rows)
+    table[f"accuracy, {test}"] = pd.Series({name: found[:, is_in].mean() for name, found in right.items()})
+for at in MARGINS:
+    outcomes = pd.DataFrame(rows).groupby("model")[at]
+    table[at] = outcomes.agg(lambda x: ", ".join(f"{n} {outcome}" for outcome, n in x.value_counts().items()))
+report("compress", table.round(4).reset_index(), seeds, NOTES, where)

@@ -1,6 +1,8 @@
 """One call beside fixed recipes and other tools: reviews, five teachers, time-interleaved in one process.
 
-    python -m benchmarks.optimize            goes on where it was stopped: what a search found is kept in .cache
+    python -m benchmarks.optimize 0 1    these seeds; without any, all that were not measured yet
+
+A seed takes about 50 minutes; what a search found is kept in .cache.
 """
 import dataclasses
 import json
@@ -14,10 +16,11 @@ from ecomopt import Classifier, Goal, Recipe, Task, finetune, load, load_task, o
 from ecomopt.accelerate.runtime import convert
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.measure import _predict, time_interleaved
-from ecomopt.core.verdict import mean_interval, noninferiority_test
+from ecomopt.core.verdict import noninferiority_test
 from ecomopt.optimize.optimize import _tfidf
 from tools.bench import report
 from tools.peers import Model2Vec
+from tools.seeds import digits, each_once, over_seeds
 
 SEEDS, THREADS, ROUNDS, CALLS, BUDGET = [0, 1, 2, 3, 4], 2, 7, 40, "20min"
 FOUND = Path(__file__).parents[1] / ".cache" / "benchmark_optimize"
@@ -68,37 +71,28 @@ def bytes_of(model: Classifier | Model2Vec, name: str) -> int:
     return disk_bytes(save(model, path))
 
 
-def measured(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """One row a model, and which sentences it gets right."""
+def measured(seed: int) -> list[dict]:
+    """One row a model: speed beside the teacher's, bytes, verdict, and which sentences it gets right."""
     models, first = models_of(seed), "float32 eager (teacher)"
     answers = {name: _predict(name, m, texts, task.labels, 32) for name, m in models.items()}
     rounds, _ = time_interleaved(models, texts, ROUNDS, CALLS, 32, seed)
     rates, p50, size = rounds["sentences/s"], rounds["p50 ms"], bytes_of(models[first], first)
-    rows = [{
+    return [{
         "model": name, "× throughput": (rates[name] / rates[first]).median(),
         "× p50": (p50[first] / p50[name]).median(), "p50 ms": p50[name].median(),
         "MB": bytes_of(model, name) / 1e6, "1/× bytes": size / bytes_of(model, name),
         "verdict": noninferiority_test(answers[first], answers[name], actual, 0.01).outcome.split(" with")[0],
+        "right": digits(answers[name] == actual),
     } for name, model in models.items()]
-    return rows, {name: found == actual for name, found in answers.items()}
 
 
 torch.set_num_threads(THREADS)
 task = load_task("reviews")
 texts, actual = task.test["text"][:], np.array(task.test["label"])
-results = [measured(seed) for seed in SEEDS]
-rows = pd.DataFrame([row for part, _ in results for row in part])
-groups = rows.groupby("model", sort=False)
-table = groups[["× throughput", "× p50", "p50 ms", "MB", "1/× bytes"]].median()
-for column in ("× throughput", "1/× bytes"):
-    table[f"{column}, range"] = groups[column].agg(lambda x: f"{x.min():.3g} to {x.max():.3g}")
-right = {name: np.array([found[name] for _, found in results]) for name in table.index}
-intervals = {name: mean_interval(found) for name, found in right.items()}
-table["accuracy"] = [intervals[name][0] for name in table.index]
-table["95 %"] = ["{1:.3f} to {2:.3f}".format(*intervals[name]) for name in table.index]
-table["retained"] = table["accuracy"] / table["accuracy"].iloc[0]
-for outcome in ("met", "not met", "not resolvable"):
-    table[outcome] = groups["verdict"].agg(lambda x, outcome=outcome: int((x == outcome).sum()))
+seeds, where, rows = each_once("optimize", measured, SEEDS)
+table = over_seeds(rows, "× throughput", "1/× bytes")
+verdicts = pd.crosstab(*(pd.DataFrame(rows)[column] for column in ("model", "verdict")))
+table = table.join(verdicts.reindex(columns=["met", "not met", "not resolvable"], fill_value=0))
 baseline = _tfidf(task, texts, actual)
 table.loc[baseline["name"], ["accuracy", "MB"]] = baseline["accuracy"], baseline["disk_bytes"] / 1e6
-report("optimize", table.round(4).reset_index(names="model"), SEEDS, NOTES)
+report("optimize", table.round(4).reset_index(names="model"), seeds, NOTES, where)

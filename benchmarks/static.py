@@ -1,6 +1,6 @@
 """Static students beside other models without attention, on three tasks, time-interleaved in one process.
 
-    python -m benchmarks.static
+    python -m benchmarks.static 0 1    these seeds; without any, all that were not measured yet
 """
 import re
 import tempfile
@@ -13,9 +13,9 @@ import torch
 from ecomopt import Classifier, Task, finetune, load_task, quantize, save, static_student
 from ecomopt.core.artifact import disk_bytes
 from ecomopt.core.measure import _predict, time_interleaved
-from ecomopt.core.verdict import mean_interval
 from tools.bench import report
 from tools.peers import Model2Vec, TfIdf
+from tools.seeds import digits, each_once, over_seeds
 
 SEEDS, THREADS, ROUNDS, CALLS, PER_SOURCE = [0, 1, 2, 3, 4], 2, 7, 40, 1000
 FINETUNING = {"reviews": dict(epochs=4), "food": dict(epochs=2, max_length=64), "source": dict(epochs=2)}
@@ -54,8 +54,8 @@ def bytes_of(model: Classifier | TfIdf | Model2Vec) -> int:
         return disk_bytes(save(model, path)) if isinstance(model, Classifier) else model.bytes(path)
 
 
-def measured(name: str, task: Task, seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """One row a model: speed beside the teacher's, and bytes; and which texts it gets right."""
+def measured(name: str, task: Task, seed: int) -> list[dict]:
+    """One row a model: speed beside the teacher's, bytes, and which texts it gets right."""
     teacher = finetune("minilm", task, seed=seed, **FINETUNING[name])
     student = static_student(teacher, task, seed=seed, **DISTILLING[name])
     models = {"teacher": teacher, "ours, static": quantize(student, 8), "model2vec": Model2Vec(teacher, task, seed),
@@ -64,23 +64,16 @@ def measured(name: str, task: Task, seed: int) -> tuple[list[dict], dict[str, np
     answers = {who: _predict(who, model, texts, task.labels, 32) for who, model in models.items()}
     rounds, _ = time_interleaved(models, texts, ROUNDS, CALLS, 32, seed)
     rates, p50 = rounds["sentences/s"], rounds["p50 ms"]
-    rows = [{"task": name, "model": who, "sentences/s": rates[who].median(), "p50 ms": p50[who].median(),
-             "× throughput": (rates[who] / rates["teacher"]).median(), "MB": bytes_of(model) / 1e6}
-            for who, model in models.items()]
-    return rows, {who: found == actual for who, found in answers.items()}
+    return [{
+        "task": name, "model": who, "sentences/s": rates[who].median(), "p50 ms": p50[who].median(),
+        "× throughput": (rates[who] / rates["teacher"]).median(), "MB": bytes_of(model) / 1e6,
+        "right": digits(answers[who] == actual),
+    } for who, model in models.items()]
 
 
 torch.set_num_threads(THREADS)
-tasks, tables = {"reviews": load_task("reviews"), "food": load_task("food"), "source": source_task()}, []
-for name, task in tasks.items():
-    results = [measured(name, task, seed) for seed in SEEDS]
-    groups = pd.DataFrame([row for rows, _ in results for row in rows]).groupby(["task", "model"], sort=False)
-    table = groups.median()
-    table["× throughput, range"] = groups["× throughput"].agg(lambda x: f"{x.min():.3g} to {x.max():.3g}")
-    right = {who: np.array([found[who] for _, found in results]) for _, who in table.index}
-    intervals = {who: mean_interval(found) for who, found in right.items()}
-    table["accuracy"] = [intervals[who][0] for _, who in table.index]
-    table["interval"] = ["{1:.3f} to {2:.3f}".format(*intervals[who]) for _, who in table.index]
-    table["retained"] = [(right[who].mean(1) / right["teacher"].mean(1)).mean() for _, who in table.index]
-    tables.append(table.reset_index())
-report("static", pd.concat(tables).round(4), SEEDS, NOTES)
+tasks = {"reviews": load_task("reviews"), "food": load_task("food"), "source": source_task()}
+seeds, where, rows = each_once(
+    "static", lambda seed: [row for name, task in tasks.items() for row in measured(name, task, seed)], SEEDS)
+tables = {name: over_seeds([row for row in rows if row["task"] == name], "× throughput") for name in tasks}
+report("static", pd.concat(tables, names=["task"]).round(4).reset_index(), seeds, NOTES, where)

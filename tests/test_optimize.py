@@ -37,7 +37,7 @@ from ecomopt import (
     save,
 )
 from ecomopt.compress.distill import keep_layers
-from ecomopt.core.artifact import disk_bytes
+from ecomopt.core.artifact import disk_bytes, file_bytes
 from ecomopt.core.steps import _KINDS, step_kinds
 from ecomopt.optimize import optimize as module
 from ecomopt.optimize import recipe
@@ -169,6 +169,17 @@ def test_an_impossible_goal_gives_the_closest(task, teacher, tmp_path, no_fresh_
     assert not found.feasible and "times the disk_bytes of the limit" in found.data["reason"]
     assert any("cannot be kept" in note for note in found.data["notes"])
     assert load(found.save(tmp_path / "closest")).labels == task.labels
+
+
+def test_what_models_cost_is_said_before_the_first_trial(task, teacher, capsys, no_fresh_process, few_trials):
+    said = []
+    found = optimize(task, teacher, Goal(max_drop=0.2), on_trial=lambda trial: said.append(capsys.readouterr().err))
+    assert "costs in this space: smallest" in said[0] and "costs in this space" not in "".join(said[1:])
+    costs = found.data["costs"]
+    assert [*costs] == ["smallest", "typical", "largest"]
+    for name in ("latency_ms", "disk_bytes"):
+        assert costs["smallest"][name] <= costs["typical"][name] <= costs["largest"][name]
+    assert costs["smallest"]["disk_bytes"] < file_bytes(teacher) <= costs["largest"]["disk_bytes"]
 
 
 def test_a_limit_that_only_one_kind_of_student_keeps_is_possible(task, teacher):

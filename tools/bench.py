@@ -21,13 +21,13 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str) -> Path:
-    """Print the table and write `benchmarks/results/NAME.json`."""
+def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str, where: str | None = None) -> Path:
+    """Print the table and write `benchmarks/results/NAME.json`; `where` it was measured, if not here and now."""
     print(f"\n{table.to_string(index=False)}\n\n{notes}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = {
-        "name": name, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "name": name, "date": datetime.now(UTC).date().isoformat(), "machine": where or machine(),
         "seeds": seeds, "notes": notes,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "table": json.loads(table.to_json(orient="records")),

@@ -9,6 +9,7 @@ __all__ = ['Trial', 'OptimizeResult', 'optimize']
 import json
 import math
 import pickle
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ from ecomopt.optimize.candidates import (
 )
 from .language import LanguageResult, optimize_language_model
 from .recipe import Recipe, StepContext, _check_one_process
-from .report import _save_reported
+from .report import _ms, _save_reported, _size
 from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ae66e0e9
@@ -172,7 +173,7 @@ class _Search:
         self.began = time.perf_counter()
         self.budget, self.is_interrupted = budget, False
         self.trials, self.students, self.known, self.spent = {}, {}, {}, []
-        self.search, self.left_out, self.impossible = None, [], None
+        self.search, self.left_out, self.impossible, self.space_costs = None, [], None, {}
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
         self.answers = _predict("teacher", context.teacher, self.texts, self.task.labels, 32)
@@ -181,6 +182,8 @@ class _Search:
         timed, _ = time_interleaved({"teacher": context.teacher}, self.sample, 5, 20, 32, 0)
         self.teacher_ms = float(timed["p50 ms"]["teacher"].median())
         self.teacher_rate = float(timed["sentences/s"]["teacher"].median())
+        self.teacher_costs = dict(latency_ms=self.teacher_ms, throughput=self.teacher_rate,
+                                  disk_bytes=float(file_bytes(context.teacher)))
 
     def left(self) -> float: return self.budget - (time.perf_counter() - self.began)
 
@@ -235,9 +238,11 @@ class _Search:
         "Whether the smallest models of the space keep the limits on costs; warn if not."
         found, limits = [], self.goal.limits
         for steps in filter(None, (_sized(steps, self.space) for steps in _SMALLEST)):
-            if all(any(one[name] <= limits[name] for one in found) for name in limits): break
+            is_kept = all(any(one[name] <= limits[name] for one in found) for name in limits)
+            if is_kept and len(found) >= 3: break  # one of each kind
             try: found.append(self.costs(build_untrained(steps, self.context), 1, 10))
             except Exception: continue  # noqa: S112 -- the trials say why a step fails
+        self.say_costs(found)
         for name, limit in limits.items() if found else ():
             low, typical, high = np.quantile([one[name] for one in found], [0, 0.5, 1])
             if low <= limit: continue
@@ -245,6 +250,21 @@ class _Search:
                 f"typically {typical:.4g}: the limit of {limit:.4g} cannot be kept."
             warnings.warn(self.impossible, stacklevel=4)
         return not self.impossible
+
+    def say_costs(self, smallest: list[dict]) -> None:
+        "Say what the smallest models of the space, a good student and the teacher cost."
+        recipes = (_sized(steps, self.space) for steps in _PRIORS)
+        good = next((steps for steps in recipes if steps and _split(steps)[0]), [])
+        try: self.build(good)
+        except Exception: good = []  # the trials say why
+        typical = self.known_costs(good) or self.teacher_costs
+        for name in ("latency_ms", "disk_bytes"):
+            known = [one[name] for one in [*smallest, typical, self.teacher_costs]]
+            costs = {"smallest": min(known), "typical": typical[name], "largest": max(known)}
+            for which, cost in costs.items(): self.space_costs.setdefault(which, {})[name] = cost
+        costs = [f"{which} {_ms(one['latency_ms'])}, {_size(one['disk_bytes'])}"
+                 for which, one in self.space_costs.items()]
+        print("costs in this space:", "; ".join(costs), file=sys.stderr, flush=True)
 
     def round(self) -> bool:
         "Ask for as many trials as there are jobs, train them, and note what came out."
@@ -265,7 +285,7 @@ class _Search:
         self.trials[id(candidate)] = trial
         try:
             is_known = needs_training and self.known_costs(candidate.what)
-            model = None if is_known else self.build(candidate)
+            model = None if is_known else self.build(candidate.what)
             trial.costs = self.known_costs(candidate.what)
             trial.measured.append(trial.costs)
             if not self.search.tell_costs(candidate, trial.costs): trial.status = "cost"
@@ -278,10 +298,10 @@ class _Search:
         if is_done and self.on_trial: self.on_trial(trial)
         return not is_done
 
-    def build(self, candidate: Candidate) -> Classifier:
-        "Build a candidate untrained, and note what models of such steps cost."
-        model = build_untrained(candidate.what, self.context)
-        self.known[_cost_key(candidate.what)] = self.costs(model, 3, 10)
+    def build(self, steps: list[dict]) -> Classifier:
+        "Build a model untrained, and note what models of such steps cost."
+        model = build_untrained(steps, self.context)
+        self.known[_cost_key(steps)] = self.costs(model, 3, 10)
         return model
 
     def train(self, batch: list[tuple[Candidate, float]], complete: bool = False) -> bool:
@@ -403,10 +423,8 @@ class _Search:
             trial = self.trials[id(one)]
             if not trial.is_complete: self.train([(one, one.fraction)], complete=True)
             if trial.is_complete: return trial
-        size = file_bytes(self.context.teacher)
-        costs = dict(latency_ms=self.teacher_ms, throughput=self.teacher_rate, disk_bytes=size)
         trial = Trial(len(self.trials), [], fraction=1.0, drop=0.0, quality=self.teacher_score,
-                      costs=costs, model=self.context.teacher, answers=self.answers,
+                      costs=self.teacher_costs, model=self.context.teacher, answers=self.answers,
                       is_complete=True)
         self.trials["teacher"] = trial
         return trial
@@ -509,19 +527,6 @@ def _trial_rows(search: _Search, winner: Trial) -> list[dict]:
         | {"drop_std": t.drop_std, "pareto": t.number in on_front, "winner": t is winner}
         for t in trials
     ]
-
-# %% ../../nbs/optimize/54_optimize.ipynb #3e62e19a
-def _cost_range(search: _Search) -> dict:
-    "The smallest, the typical and the largest cost that was measured."
-    rows = [t.costs for t in search.trials.values() if t.costs]
-    if not rows: return {}
-
-    def at(q):
-        return {
-            name: float(np.quantile([r[name] for r in rows], q))
-            for name in ("latency_ms", "disk_bytes")
-        }
-    return {"smallest": at(0), "typical": at(0.5), "largest": at(1)}
 
 # %% ../../nbs/optimize/54_optimize.ipynb #d9fa7122
 def _distance_words(goal: Goal, trial: Trial) -> str:
@@ -680,7 +685,7 @@ def _finished(search: _Search) -> OptimizeResult:
     data |= dict(
         kind="classifier", feasible=feasible, reason=_reason(search, trial, feasible),
         goal=asdict(search.goal), task=_sizes(search.task, search.context.teacher),
-        trials=_trial_rows(search, trial), costs=_cost_range(search), left_out=search.left_out,
+        trials=_trial_rows(search, trial), costs=search.space_costs, left_out=search.left_out,
         steps=_step_gains(search, trial), gates=gates, recipe=recipe.to_yaml(), samples=[],
         reproducible=_SAME + _NOT_SAME * is_openvino,
         **_circumstances(search.context.seed, search.threads, search.budget, search.began),
