@@ -1406,6 +1406,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ecomopt.optimize.cli._distill': ('optimize/cli.html#_distill', 'ecomopt/optimize/cli.py'),
                                       'ecomopt.optimize.cli._free': ('optimize/cli.html#_free', 'ecomopt/optimize/cli.py'),
                                       'ecomopt.optimize.cli._home': ('optimize/cli.html#_home', 'ecomopt/optimize/cli.py'),
+                                      'ecomopt.optimize.cli._is_classifier': ( 'optimize/cli.html#_is_classifier',
+                                                                               'ecomopt/optimize/cli.py'),
                                       'ecomopt.optimize.cli._json_rows': ('optimize/cli.html#_json_rows', 'ecomopt/optimize/cli.py'),
                                       'ecomopt.optimize.cli._labelled': ('optimize/cli.html#_labelled', 'ecomopt/optimize/cli.py'),
                                       'ecomopt.optimize.cli._line_rows': ('optimize/cli.html#_line_rows', 'ecomopt/optimize/cli.py'),

@@ -1,5 +1,6 @@
 """One call: a winner always, gates, limits, unbalanced classes, interruption, bad input, the command line."""
 import contextlib
+import copy
 import html
 import inspect
 import json
@@ -37,10 +38,11 @@ from ecomopt import (
     save,
 )
 from ecomopt.compress.distill import keep_layers
+from ecomopt.core import train
 from ecomopt.core.artifact import disk_bytes, file_bytes
 from ecomopt.core.steps import _KINDS, step_kinds
+from ecomopt.optimize import cli, recipe
 from ecomopt.optimize import optimize as module
-from ecomopt.optimize import recipe
 from ecomopt.optimize.candidates import _gate, search_space
 from ecomopt.optimize.cli import app
 from ecomopt.optimize.recipe import StepContext
@@ -435,6 +437,33 @@ def test_the_command_of_the_report_makes_the_model_again(shop, result, monkeypat
     ran = invoke(shop, *words, *COLUMNS[1:], "--json")
     assert ran.exit_code == 0, ran.output
     assert load(shop / "again").labels == result.model.labels
+
+
+def test_a_directory_without_a_head_for_these_labels_is_fine_tuned(task, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finetune", lambda *given, **options: given)
+    def taught(name, model, **config):
+        for key, value in config.items(): setattr(model.config, key, value)
+        model.save_pretrained(tmp_path / name)
+        teacher.tokenizer.save_pretrained(tmp_path / name)
+        return cli._teacher(str(tmp_path / name), task, 0)
+    model = copy.deepcopy(teacher.model)
+    assert taught("classifier", model).predict(["good"]) == teacher.predict(["good"])
+    assert taught("encoder", model.base_model) == (str(tmp_path / "encoder"), task)
+    assert taught("other", model, id2label={0: "spam", 1: "ham"}) == (str(tmp_path / "other"), task)
+    save(teacher, tmp_path / "artifact")
+    assert cli._teacher(str(tmp_path / "artifact"), task, 0).labels == task.labels
+
+
+def test_exit_code_1_where_the_test_split_refutes_the_goal(shop, monkeypatch, tmp_path):
+    class Found:
+        feasible, verdict, data = True, SimpleNamespace(outcome="not met"), {}
+        def save(self, out): pass
+    monkeypatch.setattr(cli, "_searched", lambda *given: Found())
+    monkeypatch.setattr(cli, "_summary", lambda *given: ({}, True, ""))
+    words = ("optimize", *COLUMNS, "--model", "teacher", "--out", str(tmp_path / "refuted"), "--json")
+    assert invoke(shop, *words).exit_code == 1
+    Found.verdict = SimpleNamespace(outcome="not resolvable with n = 60")
+    assert invoke(shop, *words).exit_code == 0
 
 
 def test_an_unforeseen_fault_is_exit_code_3(shop, monkeypatch):
