@@ -156,6 +156,22 @@ def test_every_public_name_is_in_the_reference(made):
     assert "{#Task.from_csv}" in made["api/core/data.qmd"]
 
 
+def test_a_union_of_types_is_one_cell(made):
+    page = made["api/optimize/optimize.qmd"]
+    assert r"| budget | float \| str | 20min | for the search, without fine-tuning the teacher |" in page
+    for name, text in made.items():
+        for table in re.findall(r"(?:^\|.*\n?)+", text, re.M) if name.startswith("api/") else ():
+            assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, f"{name}: {table}"
+        assert " object at 0x" not in text, name
+
+
+def test_the_reference_has_every_command_and_its_options(made):
+    page = made["api/optimize/cli.qmd"]
+    for words in ("assets", "measure", "distill", "quantize", "recipe run", "optimize", "predict", "report", "serve"):
+        assert f"### ecomopt {words}\n" in page and f"Usage: ecomopt {words} " in page
+    assert "--max-drop" in page and "`ecomopt assets --fetch minilm --fetch reviews`" in page
+
+
 def test_the_reference_leads_to_the_line(made):
     page = made["api/compress/distill.qmd"]
     line = int(re.search(r"## distill \{#distill\}.*?#line-(\d+)", page, re.S)[1])

@@ -2,6 +2,7 @@
 import ast
 import configparser
 import importlib
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from fastcore.docments import DocmentTbl
 from pygments import lex
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, Operator, String
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from tools.charts import bars, number
 from tools.run import NBS, ROOT, homes, notebooks
@@ -85,9 +88,25 @@ def api_page(name: str) -> Path:
     return Path("api", *("ecomopt" if name == "__init__" else name).split(".")).with_suffix(".qmd")
 
 
+class Arguments(DocmentTbl):
+    "A table of arguments whose types and defaults fit into its cells."
+
+    def __init__(self, documented: object):
+        super().__init__(documented)
+        for row in self.dm.values():
+            for column in ("anno", "default"):
+                value = row.get(column, inspect.Parameter.empty)
+                if value is inspect.Parameter.empty: continue
+                text = value.__name__ if isinstance(value, type) else str(value)
+                if column == "anno":  # without modules, and without what typer reads
+                    text = re.sub(r"\b(?:\w+\.)+(?=\w)|^Annotated\[|, <.*", "", text)
+                row[column] = "" if text.startswith("<") else escape(text, quote=False).replace("|", r"\|")
+            if isinstance(row["docment"], str): row["docment"] = row["docment"].replace("|", r"\|")
+
+
 def arguments(module: ModuleType, name: str) -> str:
     "The table of the arguments of a function or class; empty if it has none."
-    try: return re.sub(r"\| None \|$", "| |", str(DocmentTbl(attrgetter(name)(module))), flags=re.M)
+    try: return re.sub(r"\| None \|$", "| |", str(Arguments(attrgetter(name)(module))), flags=re.M)
     except (NameError, TypeError): return ""  # a type in quotes that the module does not import, or a property
 
 
@@ -124,15 +143,30 @@ def call(name: str, node: ast.AST) -> str:
     return line if len(line) < 80 else f"{name}(\n    " + ",\n    ".join(parts) + "\n)"
 
 
+def command_help() -> list[str]:
+    "The section with what each command prints with --help."
+    from ecomopt.optimize.cli import app
+    parts = ["## The commands"]
+    for name, command in get_command(app).commands.items():
+        for inner in getattr(command, "commands", [""]):
+            words, width = [name, *filter(None, [inner]), "--help"], {"TERMINAL_WIDTH": "88"}
+            lines = CliRunner().invoke(app, words, prog_name="ecomopt", env=width).output.splitlines()
+            text = "\n".join(line.rstrip() for line in lines).strip()
+            parts += [f"### ecomopt {name} {inner}".strip(), f"```text\n{text}\n```"]
+    return parts
+
+
 def api(name: str, notebook: Path) -> str:
     "The page of a module: its public names with their arguments and docstrings, and its source."
     module, file = imported(name), source_file(name)
     text = file.read_text("utf8")
     chapter = os.path.relpath(staged_name(notebook), api_page(name).parent)
     parts = [f"Made by the chapter [{chapter_title(notebook)}]({chapter})."]
+    if name == "optimize.cli": parts += command_help()
     for full, node in definitions(ast.parse(text), module.__all__):
         line, level = node.lineno, "###" if "." in full else "##"
         doc = (ast.get_docstring(node) or "") if hasattr(node, "name") else ""
+        doc = re.sub(r"^Example: (.+)$", r"Example: `\1`", doc, flags=re.M)
         links = [f"[source](#line-{line})"]
         if "." not in full and hasattr(node, "name"): links.append(f"[in the chapter]({chapter}#def-{full})")
         parts += [f"{level} {full} {{#{full}}}", f"```python\n{call(full, node)}\n```", doc.replace("$", r"\$"),
