@@ -73,7 +73,7 @@ def measured(name: str, task: Task, seed: int) -> list[dict]:
 
 torch.set_num_threads(THREADS)
 tasks = {"reviews": load_task("reviews"), "food": load_task("food"), "source": source_task()}
-seeds, where, rows = each_once(
+seeds, rows, measured_in = each_once(
     "static", lambda seed: [row for name, task in tasks.items() for row in measured(name, task, seed)], SEEDS)
 tables = {name: over_seeds([row for row in rows if row["task"] == name], "× throughput") for name in tasks}
-report("static", pd.concat(tables, names=["task"]).round(4).reset_index(), seeds, NOTES, where)
+report("static", pd.concat(tables, names=["task"]).round(4).reset_index(), seeds, NOTES, measured_in)

@@ -169,6 +169,7 @@ def test_the_reference_has_every_command_and_its_options(made):
     page = made["api/optimize/cli.qmd"]
     for words in ("assets", "measure", "distill", "quantize", "recipe run", "optimize", "predict", "report", "serve"):
         assert f"### ecomopt {words}\n" in page and f"Usage: ecomopt {words} " in page
+    assert "| as_json | bool | False | instead of the table |" in page
     assert "--max-drop" in page and "`ecomopt assets --fetch minilm --fetch reviews`" in page
 
 

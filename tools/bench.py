@@ -22,22 +22,25 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     cpu = found.get("model name") or platform.processor() or platform.machine()
-    flags = found.get("flags", "").split()
+    flags = (found.get("flags") or found.get("Features", "")).split()
     cpu += next((f" with {name}" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str, where: str | None = None) -> Path:
-    """Print the table and write `benchmarks/results/NAME.json`; `where` it was measured, if not here and now."""
+def conditions() -> dict:
+    """When, where and with which versions something is measured."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}}
+
+
+def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str, measured: dict | None = None) -> Path:
+    """Print the table and write `benchmarks/results/NAME.json`; `measured`: the conditions, if not those of now."""
     print(f"\n{table.to_string(index=False)}\n\n{notes}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    result = {
-        "name": name, "date": datetime.now(UTC).date().isoformat(), "machine": where or machine(),
-        "seeds": seeds, "notes": notes,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "table": json.loads(table.to_json(orient="records")),
-    }
+    rows = json.loads(table.to_json(orient="records"))
+    result = {"name": name, **(measured or conditions()), "seeds": seeds, "notes": notes, "table": rows}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(f"\nwritten: {path.relative_to(RESULTS.parents[1])}")
     return path

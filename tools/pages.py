@@ -12,6 +12,7 @@ from html import escape
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pandas as pd
 import yaml
@@ -19,6 +20,7 @@ from fastcore.docments import DocmentTbl
 from pygments import lex
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, Operator, String
+from typer import rich_utils
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -99,7 +101,7 @@ class Arguments(DocmentTbl):
                 if value is inspect.Parameter.empty: continue
                 text = value.__name__ if isinstance(value, type) else str(value)
                 if column == "anno":  # without modules, and without what typer reads
-                    text = re.sub(r"\b(?:\w+\.)+(?=\w)|^Annotated\[|, <.*", "", text)
+                    text = re.sub(r"^(?:\w+\.)*Annotated\[|\b(?:\w+\.)+(?=\w)|, <.*", "", text)
                 row[column] = "" if text.startswith("<") else escape(text, quote=False).replace("|", r"\|")
             if isinstance(row["docment"], str): row["docment"] = row["docment"].replace("|", r"\|")
 
@@ -149,8 +151,9 @@ def command_help() -> list[str]:
     parts = ["## The commands"]
     for name, command in get_command(app).commands.items():
         for inner in getattr(command, "commands", [""]):
-            words, width = [name, *filter(None, [inner]), "--help"], {"TERMINAL_WIDTH": "88"}
-            lines = CliRunner().invoke(app, words, prog_name="ecomopt", env=width).output.splitlines()
+            words = [name, *filter(None, [inner]), "--help"]
+            with patch.multiple(rich_utils, MAX_WIDTH=88, FORCE_TERMINAL=False):
+                lines = CliRunner().invoke(app, words, prog_name="ecomopt").output.splitlines()
             text = "\n".join(line.rstrip() for line in lines).strip()
             parts += [f"### ecomopt {name} {inner}".strip(), f"```text\n{text}\n```"]
     return parts

@@ -2,35 +2,45 @@
 import json
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ecomopt.core.verdict import mean_interval
-from tools.bench import machine
+from tools.bench import conditions
 
 KEPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kept"
 
 
-def each_once(name: str, measure: Callable[[int], list[dict]], seeds: list[int]) -> tuple[list[int], str, list[dict]]:
-    """The seeds that were measured, on which machines, and all rows; a seed that KEPT/NAME.json has is not repeated.
+def kept(path: Path) -> dict[str, dict]:
+    """What was measured for each seed, and under which conditions."""
+    return json.loads(path.read_text("utf8")) if path.exists() else {}
 
-    Seeds on the command line take the place of `seeds`: hours of work can be done in parts.
+
+def each_once(name: str, measure: Callable[[int], list[dict]], seeds: list[int]) -> tuple[list[int], list[dict], dict]:
+    """The seeds that were measured, their rows and conditions; what KEPT/NAME.json has is not measured again.
+
+    Seeds on the command line take the place of `seeds`: hours of work can be done in parts. Ends where fewer than
+    three seeds were measured: too few for a table.
     """
     path = KEPT / f"{name}.json"
-    kept = json.loads(path.read_text("utf8")) if path.exists() else {}
-    for seed in map(int, sys.argv[1:] or seeds):
-        if str(seed) in kept: continue
-        rows = measure(seed)
-        kept[str(seed)] = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(),
-                           "ecomopt": version("ecomopt"), "rows": rows}
-        KEPT.mkdir(exist_ok=True)
-        path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-    machines = dict.fromkeys(part["machine"] for part in kept.values())
-    return sorted(map(int, kept)), "; ".join(machines), [row for part in kept.values() for row in part["rows"]]
+    for seed in map(str, sys.argv[1:] or seeds):
+        if seed in kept(path): continue
+        found = {**conditions(), "rows": measure(int(seed))}
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(kept(path) | {seed: found}, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+        part.replace(path)
+    if len(kept(path)) < 3: sys.exit(f"{len(kept(path))} seeds were measured; three make a table.")
+    parts = [found for _, found in sorted(kept(path).items())]
+    dates = sorted({part["date"] for part in parts})
+    measured = {
+        "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])),
+        "machine": "; ".join(dict.fromkeys(part["machine"] for part in parts)),
+        "versions": {package: ", ".join(dict.fromkeys(part["versions"][package] for part in parts))
+                     for package in parts[0]["versions"]}}
+    return sorted(map(int, kept(path))), [row for part in parts for row in part["rows"]], measured
 
 
 def digits(right: np.ndarray) -> str:

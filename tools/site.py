@@ -70,7 +70,8 @@ def translate(markdown: str, numbers: frozenset[str] = frozenset()) -> str:
 # ---------------------------------------------------------------- the glossary
 
 GLOSSARY = NBS / "explain" / "73_transformer.ipynb"
-AMBIGUOUS = set("batch graph head key layer mask parameter query runtime scale value weight".split())  # common words
+AMBIGUOUS = set(  # common words
+    "batch gate graph head key layer mask parameter query runtime scale value weight".split())
 NOT_PROSE = r"""
     ^\#.*$ | ^:::.*$ | ^[ ]*(?P<fence>`{3,}|~{3,}) .*? ^[ ]*(?P=fence) | `[^`\n]+` | \$\$.*?\$\$ | \$[^$\n]+\$
   | !?\[[^\]]*\]\([^)]*\) | <[^>]+> | ^\|.*$ | ^\*\ .*\*.*$"""

@@ -102,6 +102,9 @@ _model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
 _unlabelled_help = "A file with more texts and no labels: students learn from them, too."
 _metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
 _out_help = "The artifact to write: new, or one to replace."
+_teacher_help = "A classifier of these labels; any other encoder, a directory or a name, is " \
+    "fine-tuned first. minilm knows English alone."
+_Teacher = Annotated[str, typer.Option(help=_teacher_help, callback=_home)]
 _Data = Annotated[str, typer.Argument(help=_task_help, metavar="TASK", callback=_home)]
 _Model = Annotated[str, typer.Argument(help=_model_help, metavar="MODEL", callback=_home)]
 _Out = Annotated[Path, typer.Option(help=_out_help, callback=_home)]
@@ -171,10 +174,11 @@ def _print_sizes(out: Path, model: str, as_json: bool) -> None:
 
 # %% ../../nbs/optimize/59_cli.ipynb #71b32f8f
 def _is_classifier(path: Path, task: Any) -> bool:
-    "Whether a directory holds a classifier of the task's labels, and not an encoder alone."
+    "Whether it is an artifact, or a checkpoint with a head for the task's labels."
     from ecomopt.core.pretrained import _checkpoint_config, _class_order
     if (path / "artifact.json").exists(): return True
-    config = _checkpoint_config(path)
+    try: config = _checkpoint_config(path)
+    except (OSError, ValueError, KeyError, TypeError): return False  # loading says what is wrong
     has_head = any("ForSequenceClassification" in name for name in config.architectures or ())
     fits = len(config.id2label) == len(task.labels) and _class_order(config, task.labels)
     return has_head and bool(fits)
@@ -277,7 +281,7 @@ def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -
 @_recipes.command("run")
 def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
-    data: _Data, out: _Out, model: Annotated[str, typer.Option(help="The teacher.")] = "minilm",
+    data: _Data, out: _Out, model: _Teacher = "minilm",
     text: _Text = "text", label: _Label = "label", group: _Group = None,
     unlabelled: _Unlabelled = None, as_json: _Json = False,
 ) -> None:
@@ -306,9 +310,6 @@ def _show_trial(trial: Any, ends: float) -> None:
     _say(f"  {left}  {trial.number:3}  {trial.name}  {cost}  {drop} {share} {trial.why or ''}")
 
 # %% ../../nbs/optimize/59_cli.ipynb #86b1bf45
-_teacher_help = "A classifier of these labels; any other encoder, a directory or a name, is " \
-    "fine-tuned first. minilm knows English alone."
-_Teacher = Annotated[str, typer.Option(help=_teacher_help, callback=_home)]
 _Drop = Annotated[float, typer.Option(help="Of the metric, fraction: 0.01 is one point.")]
 _ClassDrop = Annotated[float, typer.Option(help="Of the recall of any class, fraction.")]
 _Latency = Annotated[float | None, typer.Option(help="Median of one text alone.")]

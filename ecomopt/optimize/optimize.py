@@ -237,9 +237,11 @@ class _Search:
     def is_possible(self) -> bool:
         "Whether the smallest models of the space keep the limits on costs; warn if not."
         found, limits = [], self.goal.limits
-        for steps in filter(None, (_sized(steps, self.space) for steps in _SMALLEST)):
+        smallest = [*filter(None, (_sized(steps, self.space) for steps in _SMALLEST))]
+        n_kinds = len({next(iter(steps[0])) for steps in smallest})
+        for steps in smallest:
             is_kept = all(any(one[name] <= limits[name] for one in found) for name in limits)
-            if is_kept and len(found) >= 3: break  # one of each kind
+            if is_kept and len(found) >= n_kinds: break
             try: found.append(self.costs(build_untrained(steps, self.context), 1, 10))
             except Exception: continue  # noqa: S112 -- the trials say why a step fails
         self.say_costs(found)
@@ -252,7 +254,7 @@ class _Search:
         return not self.impossible
 
     def say_costs(self, smallest: list[dict]) -> None:
-        "Say what the smallest models of the space, a good student and the teacher cost."
+        "Say what the smallest students, a good one and the teacher cost."
         recipes = (_sized(steps, self.space) for steps in _PRIORS)
         good = next((steps for steps in recipes if steps and _split(steps)[0]), [])
         try: self.build(good)
@@ -264,7 +266,7 @@ class _Search:
             for which, cost in costs.items(): self.space_costs.setdefault(which, {})[name] = cost
         costs = [f"{which} {_ms(one['latency_ms'])}, {_size(one['disk_bytes'])}"
                  for which, one in self.space_costs.items()]
-        print("costs in this space:", "; ".join(costs), file=sys.stderr, flush=True)
+        print("students cost, before conversion:", "; ".join(costs), file=sys.stderr, flush=True)
 
     def round(self) -> bool:
         "Ask for as many trials as there are jobs, train them, and note what came out."
