@@ -257,6 +257,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._PortableEmbedding.__init__': ( 'accelerate/runtime.html#_portableembedding.__init__',
                                                                                                         'ecomopt/accelerate/runtime.py'),
+                                            'ecomopt.accelerate.runtime._PortableEmbedding._in_blocks': ( 'accelerate/runtime.html#_portableembedding._in_blocks',
+                                                                                                          'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._PortableEmbedding._unpack': ( 'accelerate/runtime.html#_portableembedding._unpack',
                                                                                                        'ecomopt/accelerate/runtime.py'),
                                             'ecomopt.accelerate.runtime._PortableEmbedding.forward': ( 'accelerate/runtime.html#_portableembedding.forward',
