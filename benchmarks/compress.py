@@ -47,7 +47,7 @@ NOTES = (
     f"{FOOD:,} of food reviews and {AUGMENTED:,} n-gram augmented ones, the same for all seeds. Accuracy: of all test "
     "sentences, mean of the seeds, with an interval that counts seeds and sentences; retained: of the same seed's "
     "teacher, mean. at 2 points, at 1: what the non-inferiority test with that margin says, by seeds. Cascades: the "
-    "student in ONNX Runtime answers, and leaves that fraction of the validation sentences to the teacher in int8; "
+    "student in OpenVINO answers, and leaves that fraction of the validation sentences to the teacher in int8; "
     "their bytes are those of both. Throughput and p50: median of the seeds; × of both: ratio to the float32 teacher, "
     f"time-interleaved in one process ({ROUNDS} rounds of the test split in batches of 32, and of {CALLS} sentences "
     "one by one), median and range of the seeds. MB: all files that are needed, tokenizer included. Gain of the "
@@ -201,7 +201,7 @@ def models_of(seed: int) -> dict[str, tuple[Classifier, int]]:
         made = {"float32 eager": student, "int8 eager": quantize(student)}
         made |= {f"int8 in {r}": convert(student, r.lower().replace(" ", ""), "int8", task) for r in RUNTIMES}
         ours |= {f"{name}, {how}": artifact(model) for how, model in made.items()}
-    small, large = ours["ours, int8 in ONNX Runtime"][0], convert(teacher, "onnxruntime", "int8", task)
+    small, large = ours["ours, int8 in OpenVINO"][0], convert(teacher, "openvino", "int8", task)
     for deferred in DEFERRED:
         ours[f"ours, cascade, {deferred:.0%} deferred"] = artifact(fit_cascade([small, large], task, deferred))
     return {
