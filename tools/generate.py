@@ -67,11 +67,11 @@ def stack() -> dict:
 
 
 def points() -> list[dict]:
-    "Each model of that benchmark that is not eager as a point of the figure; the first is the teacher."
+    "Single models of that benchmark that are not eager as points of the figure; the first is the teacher."
     rows = [row for row in stack()["table"] if row.get("p50 ms") and row.get("accuracy")]
     return [{"name": "teacher" if n == 0 else row["model"], "accuracy": row["accuracy"], "latency": row["p50 ms"],
              "speedup": row["× throughput"], "bytes": 1e6 * row["MB"], "ours": row["model"].startswith("ours")}
-            for n, row in enumerate(rows) if n == 0 or "eager" not in row["model"]]
+            for n, row in enumerate(rows) if n == 0 or not re.search("eager|cascade", row["model"])]
 
 
 def summary() -> str:
