@@ -240,11 +240,10 @@ if only_train:
         for name in STUDENTS: student_of(name, seed)
     sys.exit()
 seeds, rows, measured_in = each_once("compress", measured, SEEDS)
-table = over_seeds(rows, "× throughput")
+table, right, groups = over_seeds(rows, "× throughput"), right_answers(rows), pd.DataFrame(rows).groupby("model")
 for test in pooled.test.unique():
-    is_in, right = (pooled.test == test).to_numpy(), right_answers(rows)
+    is_in = (pooled.test == test).to_numpy()
     table[f"accuracy, {test}"] = pd.Series({name: found[:, is_in].mean() for name, found in right.items()})
 for at in MARGINS:
-    outcomes = pd.DataFrame(rows).groupby("model")[at]
-    table[at] = outcomes.agg(lambda x: ", ".join(f"{n} {outcome}" for outcome, n in x.value_counts().items()))
+    table[at] = groups[at].agg(lambda x: ", ".join(f"{n} {outcome}" for outcome, n in x.value_counts().items()))
 report("compress", table.round(4).reset_index(), seeds, NOTES, measured_in)

@@ -32,15 +32,16 @@ def each_once(name: str, measure: Callable[[int], list[dict]], seeds: list[int])
         part = path.with_suffix(".part")
         part.write_text(json.dumps(kept(path) | {seed: found}, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
         part.replace(path)
-    if len(kept(path)) < 3: sys.exit(f"{len(kept(path))} seeds were measured; three make a table.")
-    parts = [found for _, found in sorted(kept(path).items())]
+    found = kept(path)
+    if len(found) < 3: sys.exit(f"{len(found)} seeds were measured; three make a table.")
+    parts = [part for _, part in sorted(found.items())]
     dates = sorted({part["date"] for part in parts})
     measured = {
         "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])),
         "machine": "; ".join(dict.fromkeys(part["machine"] for part in parts)),
         "versions": {package: ", ".join(dict.fromkeys(part["versions"][package] for part in parts))
                      for package in parts[0]["versions"]}}
-    return sorted(map(int, kept(path))), [row for part in parts for row in part["rows"]], measured
+    return sorted(map(int, found)), [row for part in parts for row in part["rows"]], measured
 
 
 def digits(right: np.ndarray) -> str:
