@@ -180,10 +180,10 @@ class _Search:
         self.teacher_score = self.task.score(self.actual, self.answers)
         self.sample = self.texts[:100]
         timed, _ = time_interleaved({"teacher": context.teacher}, self.sample, 5, 20, 32, 0)
-        self.teacher_ms = float(timed["p50 ms"]["teacher"].median())
-        self.teacher_rate = float(timed["sentences/s"]["teacher"].median())
-        self.teacher_costs = dict(latency_ms=self.teacher_ms, throughput=self.teacher_rate,
-                                  disk_bytes=float(file_bytes(context.teacher)))
+        self.teacher_costs = dict(
+            latency_ms=float(timed["p50 ms"]["teacher"].median()),
+            throughput=float(timed["sentences/s"]["teacher"].median()),
+            disk_bytes=float(file_bytes(context.teacher)))
 
     def left(self) -> float: return self.budget - (time.perf_counter() - self.began)
 
@@ -202,7 +202,8 @@ class _Search:
 
     def costs(self, model: Classifier, *effort: int) -> dict[str, float]:
         "Latency, throughput and bytes of a model; `effort`: rounds, and texts one by one."
-        known = (self.context.teacher, self.sample, self.teacher_ms, self.teacher_rate)
+        latency, rate, _ = self.teacher_costs.values()
+        known = (self.context.teacher, self.sample, latency, rate)
         return measure_costs(model, *known, *effort)
 
     def expected(self, steps: list[dict], before: float, after: float) -> float:
