@@ -97,6 +97,17 @@ def test_candidates_without_rungs_take_no_place_of_those_to_be_promoted():
     assert candidate.drops and fraction == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(("left", "goes_on"), [(0.8, False), (1.0, True), (1.3, True), (1.6, False)])
+def test_the_best_candidate_does_not_wait_for_others_when_time_runs_out(left, goes_on):
+    search = ConstrainedSearch("ms", {}, 0.02, propose, seconds, first=[(x, tuple(x)) for x in np.eye(2)])
+    for ms in (9.0, 8.0):
+        candidate, _ = search.ask()
+        search.tell_costs(candidate, {"ms": ms})
+        search.tell_drop(candidate, 0.1, 0.05)
+    asked = search.ask(left * seconds(candidate.what, 0.1, 1.0))
+    assert bool(asked and asked[0].drops) == goes_on
+
+
 def test_known_costs_are_used_before_a_candidate_is_built():
     def known(what): return {"ms": 1 + 4 * what[0]} if what[0] < 0.5 else {"ms": 9.0}
     search = ConstrainedSearch("ms", {}, 0.05, propose, seconds, known_costs=known)

@@ -2,11 +2,14 @@
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from ecomopt import EcomoptError
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core import train
+from ecomopt.core.pretrained import _padded
 from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
 
@@ -15,6 +18,15 @@ def checkpoint(tmp_path, monkeypatch):
     """A local Hugging Face directory, and an empty cache."""
     monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path / "cache"))
     return tiny.written(tiny.classifier(), tmp_path / "model")
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=9), min_size=1, max_size=6), st.sampled_from(["right", "left"]))
+def test_batches_are_padded_as_the_tokenizer_does(ids, side):
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = side
+    ours, theirs = _padded(tokenizer, ids), tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    assert {"input_ids", "attention_mask"} == set(ours)
+    assert all(torch.equal(ours[name], theirs[name].long()) for name in ours)
 
 
 @pytest.mark.slow

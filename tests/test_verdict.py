@@ -107,8 +107,12 @@ def test_three_outcomes_and_their_sentences():
     met, not_met, open_ = (noninferiority_test(*answers(lost, 5, 600), margin)
                            for lost, margin in ((6, 0.02), (60, 0.02), (14, 0.02)))
     assert (met.outcome, not_met.outcome, open_.outcome) == ("met", "not met", "not resolvable with n = 600")
-    assert str(met).startswith("met: accuracy drops by 0.2 points") and "would decide" not in str(met)
-    assert "would decide" in str(open_) and f"{open_.decided_by:,}" in str(open_)
+    assert str(met).startswith("met: accuracy changes by -0.2 points, at worst by -") and "with about" not in str(met)
+    assert str(open_).endswith(f"with about {open_.decided_by:,} such sentences it would be met")
+    better = noninferiority_test(*answers(5, 6, 600), 0.02)
+    assert str(better).startswith("met: accuracy changes by +0.2 points, at worst by -")
+    worse = noninferiority_test(*answers(20, 5, 600), 0.02)
+    assert str(worse).endswith("such sentences it would be not met")
     assert met.disagreement == 11 / 600
 
 

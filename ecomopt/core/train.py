@@ -77,8 +77,8 @@ class Classifier:
 
     def _batch_logits(self, ids: list[list[int]]) -> torch.Tensor:
         "The logits [B, C] of one padded batch of token ids."
-        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        return self.model(**padded.to(self.model.device)).logits.float().cpu()
+        padded = pretrained._padded(self.tokenizer, ids).to(self.model.device)
+        return self.model(**padded).logits.float().cpu()
 
     def predict(
         self,

@@ -64,12 +64,13 @@ class Verdict:
         return f"not resolvable with n = {self.sentences}"
 
     def __str__(self) -> str:
-        drop, upper, margin = (f"{100 * x:.1f}" for x in (self.drop, self.upper, self.margin))
-        words = f"{self.outcome}: {self.metric} drops by {drop} points, by {upper} at most"
-        words += f" (95 %); the margin is {margin}"
+        change, worst = (f"{-100 * x or 0:+.1f}" for x in (self.drop, self.upper))
+        words = f"{self.outcome}: {self.metric} changes by {change} points, at worst by {worst}"
+        words += f" (95 %); a drop of {100 * self.margin:.1f} is allowed"
         if self.outcome in ("met", "not met"): return words
         if self.decided_by is None: return f"{words}, and no number of sentences would decide"
-        return f"{words}; about {self.decided_by:,} sentences would decide"
+        then = "met" if self.drop <= self.margin else "not met"
+        return f"{words}; with about {self.decided_by:,} such sentences it would be {then}"
 
 # %% ../../nbs/core/17_verdict.ipynb #cbade427
 def _accuracy_bounds(

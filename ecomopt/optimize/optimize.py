@@ -218,7 +218,7 @@ class _Search:
         "How many texts a recipe is trained on from one fraction to another."
         options = next((step["distill"] for step in steps if "distill" in step), {})
         texts = len(self.task.train) + len(self.task.transfer) + options.get("augment", 0)
-        return (after - before) * texts
+        return (after - before) * texts * options.get("epochs", 1)
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."

@@ -97,7 +97,7 @@ class ConstrainedSearch:
         if self.queue:
             self.candidates.append(Candidate(*self.queue.pop(0)))
             return self.candidates[-1], self.rungs[0]
-        promoted = self._promoted(seconds_left)
+        promoted = self._last(seconds_left) or self._promoted(seconds_left)
         if promoted: return promoted, self._next(promoted)
         rng = np.random.default_rng([self.seed, len(self.candidates), self._n_drops()])
         known = {one.point.tobytes() for one in self.candidates}
@@ -110,6 +110,15 @@ class ConstrainedSearch:
         score = self.score(pool) - np.log(seconds[seconds <= seconds_left])
         self.candidates.append(pool[int(score.argmax())])
         return self.candidates[-1], self.rungs[0]
+
+    def _last(self, seconds_left: float) -> Candidate | None:
+        "The best that can still be trained on all data, as soon as time for little more is left."
+        target = self._target()
+        there = [c for c in self.candidates if c.drops and not c.out and self._next(c)]
+        there = [c for c in there if c.costs[self.minimize] < target]
+        needed = np.array([self.seconds(c.what, c.fraction, self.rungs[-1]) for c in there])
+        there = [c for c, one in zip(there, needed) if one <= seconds_left < 1.5 * one]
+        return there[int(self.score(there).argmax())] if there else None
 
     def _promoted(self, seconds_left: float) -> Candidate | None:
         "A candidate to train on: the best third of a rung goes on to the next (Li et al. 2020)."
