@@ -12,6 +12,7 @@ import copy
 import io
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,7 +154,9 @@ def _write_openvino(
     if precision == "int8":
         data, kind = nncf.Dataset(examples), nncf.ModelType.TRANSFORMER
         graph = nncf.quantize(graph, data, model_type=kind, subset_size=len(examples))
-    openvino.save_model(graph, folder / "graph.xml", compress_to_fp16=precision != "float32")
+    file = folder / "graph.xml"
+    openvino.save_model(graph, file, compress_to_fp16=precision != "float32")
+    file.write_text(re.sub(r">\s+<", "><", file.read_text()))  # without indentation
 
 
 def _open_openvino(files: dict[str, np.ndarray], precision: str, threads: int) -> Callable:

@@ -576,6 +576,9 @@ def _write(model: Classifier, tensors: dict, part: Path, texts: dict[str, str]) 
         return dict(files=files, stages={one.name: _sha256(one / _MANIFEST) for one in saved})
     model.model.config.save_pretrained(part)
     model.tokenizer.save_pretrained(part)
+    for file in part.glob("tokenizer.json"):  # indentation is a third of it
+        tokens = json.loads(file.read_bytes())
+        file.write_text(json.dumps(tokens, ensure_ascii=False, separators=(",", ":")), "utf8")
     save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
     return dict(files=_hashes(part))
 
