@@ -117,6 +117,30 @@ class _PortableEmbedding(nn.Module):
             x = high
         return torch.cat(digits, -1)[..., :self.columns]
 
+    @classmethod
+    def unpack_first(cls, graph: "openvino.Model", program: ExportedProgram) -> None:
+        "Look up rows last: OpenVINO unpacks a constant table once, when it compiles the graph."
+        from openvino import Model
+        from openvino import opset13 as ops
+        if not any(cls.__name__ in str(node.meta) for node in program.graph.nodes): return
+        reshaped = [op for op in graph.get_ordered_ops() if op.get_type_name() == "Reshape"]
+        hidden = (op.output(0) for op in reshaped if op.output(0).partial_shape.rank == 3)
+        words = next(output for output in hidden if output.partial_shape[2].is_static)
+        part = Model([words], graph.get_parameters(), "words").clone()
+        lookups = (op for op in part.get_ordered_ops() if op.get_type_name() == "Gather")
+        packed = (op.input_value(0).get_node() for op in lookups)
+        table = next(node for node in packed if node.get_type_name() == "Constant")
+        zero, one, rows = (ops.constant(n) for n in np.int64([0, 1, table.shape[0]]))
+        every = ops.unsqueeze(ops.range(zero, rows, one, "i64"), zero)
+        for parameter in part.get_parameters(): cls._feed(parameter.output(0), every)
+        unpacked = ops.squeeze(part.get_results()[0].input_value(0), zero)
+        cls._feed(words, ops.gather(unpacked, graph.input("input_ids").get_node(), zero))
+
+    @staticmethod
+    def _feed(output: "openvino.Output", node: "openvino.Node") -> None:
+        "Let a node feed what an output fed."
+        for user in output.get_target_inputs(): user.replace_source_output(node.output(0))
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #54c7cbde
 class _Logits(nn.Module):
     "A classifier that takes two tensors and returns one."
@@ -154,6 +178,7 @@ def _write_openvino(
     if precision == "int8":
         data, kind = nncf.Dataset(examples), nncf.ModelType.TRANSFORMER
         graph = nncf.quantize(graph, data, model_type=kind, subset_size=len(examples))
+    _PortableEmbedding.unpack_first(graph, program)
     file = folder / "graph.xml"
     openvino.save_model(graph, file, compress_to_fp16=precision != "float32")
     file.write_text(re.sub(r">\s+<", "><", file.read_text()))  # without indentation

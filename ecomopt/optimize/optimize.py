@@ -70,22 +70,21 @@ _TYPICAL = 1 / 3  # drop for each disagreement, before any trial has told
 _STUDENT = {"vocabulary": True, "min_count": 2, "first_token": True}
 _SMALL = {"layers": 0.67, "neurons": 0.17, "heads": 0.34, **_STUDENT}
 _WIDE = {"layers": 0.5, "neurons": 0.34, "heads": 0.5, **_STUDENT, "min_count": 1}
-_TRAIN = [
-    {"quantize_embeddings": {"bits": 4}},
-    {"distill": {"augment": 20_000, "learning_rate": 2e-4}},
-]
+_ONCE = {"distill": {"augment": 20_000, "learning_rate": 2e-4}}
+_TRAIN = [{"quantize_embeddings": {"bits": 4}}, _ONCE]
+_PATIENT = [_TRAIN[0], {"distill": _ONCE["distill"] | {"epochs": 3}}]
 _CONVERT = {"convert": {"runtime": "openvino", "precision": "int8"}}
 _ONNX = {"convert": {"runtime": "onnxruntime", "precision": "int8"}}
 _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions of the teacher's
     [_CONVERT],
     [_ONNX],
     [{"quantize": {}}, {"calibrate": {}}],
-    [{"prune_structured": _SMALL}, *_TRAIN, _CONVERT],
-    [{"prune_structured": _SMALL}, *_TRAIN, _CONVERT, {"cascade": {}}],
+    [{"prune_structured": _SMALL}, *_PATIENT, _CONVERT],
+    [{"prune_structured": _SMALL}, *_PATIENT, _CONVERT, {"cascade": {}}],
     [{"static": {}}, {"distill": {"augment": 20_000, "learning_rate": 5e-4}}, {"quantize": {}}],
     [{"prune_structured": _WIDE}, *_TRAIN, _ONNX],
-    [{"prune_structured": _SMALL}, *_TRAIN, {"quantize": {"embedding_bits": 4}}, {"calibrate": {}}],
-    [{"keep_layers": {"layers": 0.5}}, _TRAIN[1], _CONVERT],
+    [{"prune_structured": _SMALL}, *_PATIENT, {"quantize": {}}, {"calibrate": {}}],
+    [{"keep_layers": {"layers": 0.5}}, _ONCE, _CONVERT],
 ]
 
 # %% ../../nbs/optimize/54_optimize.ipynb #a1e11ac4
