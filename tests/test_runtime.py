@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import openvino
 import pytest
 import tiny
 import torch
@@ -70,6 +71,22 @@ def test_a_fresh_process_loads_it(made, tmp_path):
 def test_quantized_embeddings_are_converted(name, bits):
     small = quantize(tiny.classifier(layers=1), embedding_bits=bits, linear=False)
     assert torch.allclose(convert(small, name, "float32").logits(TEXTS), small.logits(TEXTS), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_openvino_unpacks_the_words_when_it_opens_a_graph(bits):
+    small = quantize(tiny.classifier(layers=1), embedding_bits=bits, linear=False)
+    files, words = convert(small, "openvino", "float32").model.files(), small.model.get_input_embeddings()
+    graph = openvino.Core().read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
+    tables = [op.input_value(0) for op in graph.get_ops() if op.get_type_name() == "Gather"]
+    shape, floats = [words.num_embeddings, words.embedding_dim], openvino.Type.f32
+    tables = [one for one in tables if one.partial_shape.is_static and one.element_type == floats]
+    [table] = [one for one in tables if list(one.shape) == shape]
+    assert table.get_node().get_type_name() != "Constant", "the file would hold floats"
+    part = openvino.Model([table], graph.get_parameters(), "table")
+    found = openvino.compile_model(part, "CPU")([np.ones((1, 1), int)] * len(part.inputs))[0]
+    assert np.allclose(found, words(torch.arange(shape[0])), atol=1e-6)
 
 
 @pytest.mark.slow
