@@ -4,7 +4,6 @@
     python -m benchmarks.compress 0 1            measures these seeds; without any, all that were not measured yet
 """
 import copy
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from ecomopt import Classifier, Task, convert, distill, finetune, load, load_tas
 from ecomopt.accelerate.cascade import fit_cascade
 from ecomopt.compress.augment import Ensemble, without_near_copies
 from ecomopt.compress.distill import ngram_augment, teacher_logits
-from ecomopt.core.artifact import disk_bytes
+from ecomopt.core.artifact import _write_tokenizer, disk_bytes
 from ecomopt.core.measure import _predict, time_interleaved
 from ecomopt.core.verdict import noninferiority_test
 from tools.bench import report
@@ -150,10 +149,7 @@ def foreign(classifier: Classifier, make: Callable, texts: list[str]) -> tuple[C
     """Another's model in place of ours, and the bytes of all its files."""
     with tempfile.TemporaryDirectory() as folder:
         function = make(classifier, texts, Path(folder))
-        classifier.tokenizer.save_pretrained(folder)
-        file = Path(folder, "tokenizer.json")  # without indentation, as in our artifacts
-        tokens = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
-        file.write_text(tokens, "utf8")
+        _write_tokenizer(classifier.tokenizer, Path(folder))
         classifier.model.config.save_pretrained(folder)
         return replace(classifier, model=Foreign(classifier.model.config, function)), disk_bytes(folder)
 

@@ -913,6 +913,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ecomopt.core.artifact._without_code': ( 'core/artifact.html#_without_code',
                                                                                 'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact._write': ('core/artifact.html#_write', 'ecomopt/core/artifact.py'),
+                                       'ecomopt.core.artifact._write_tokenizer': ( 'core/artifact.html#_write_tokenizer',
+                                                                                   'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact.artifact_info': ( 'core/artifact.html#artifact_info',
                                                                                 'ecomopt/core/artifact.py'),
                                        'ecomopt.core.artifact.disk_bytes': ('core/artifact.html#disk_bytes', 'ecomopt/core/artifact.py'),

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import EcomoptError
 from ..core.data import Task
+from ..core.pretrained import _padded
 from ..core.train import Classifier
 
 # %% ../../nbs/accelerate/30_precision.ipynb #3eec0d13
@@ -137,9 +138,7 @@ def _batches(classifier: Classifier, task: Task, size: int, seed: int, epochs: i
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for part in torch.randperm(len(rows), generator=order).split(size):
-            batch = classifier.tokenizer.pad(
-                {"input_ids": [rows[i] for i in part]}, return_tensors="pt"
-            )
+            batch = _padded(classifier.tokenizer, [rows[i] for i in part])
             result.append(
                 {**batch, "labels": torch.tensor([task.train["label"][i] for i in part.tolist()])}
             )

@@ -27,7 +27,7 @@ from .prune import _Step
 from ..core.artifact import Rebuildable
 from ..core.data import Task
 from ..core.generate import LanguageModel
-from ..core.pretrained import _token_ids
+from ..core.pretrained import _padded, _token_ids
 from ..core.train import Classifier
 
 # %% ../../nbs/compress/22_structured.ipynb #27e923da
@@ -120,7 +120,7 @@ def _taylor(
         ids, labels = zip(*rows[start:start + 32])
         shapes = [(len(ids), units.total) for units in plan]
         gates[:] = [torch.ones(x, device=model.device, requires_grad=True) for x in shapes]
-        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+        batch = _padded(tokenizer, ids).to(model.device)
         labels = torch.tensor(labels, device=model.device)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has a slow backward pass on CPUs
             loss = F.cross_entropy(model(**batch).logits, labels, reduction="sum")

@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from .. import EcomoptError, __version__
@@ -575,14 +576,19 @@ def _write(model: Classifier, tensors: dict, part: Path, texts: dict[str, str]) 
         saved = [save(stage, part / name) for name, stage in stages.items()]
         return dict(files=files, stages={one.name: _sha256(one / _MANIFEST) for one in saved})
     model.model.config.save_pretrained(part)
-    model.tokenizer.save_pretrained(part)
-    for file in part.glob("tokenizer.json"):  # indentation is a third of it
-        tokens = json.loads(file.read_bytes())
-        file.write_text(json.dumps(tokens, ensure_ascii=False, separators=(",", ":")), "utf8")
+    _write_tokenizer(model.tokenizer, part)
     save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
     return dict(files=_hashes(part))
 
 # %% ../../nbs/core/13_artifact.ipynb #4b1f0c23
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    "Write the files of a tokenizer; indentation would be a third of its vocabulary."
+    tokenizer.save_pretrained(folder)
+    for file in folder.glob("tokenizer.json"):
+        tokens = json.loads(file.read_bytes())
+        file.write_text(json.dumps(tokens, ensure_ascii=False, separators=(",", ":")), "utf8")
+
+
 def _check_texts(files: object) -> None:
     "Raise unless these are texts that may be saved beside a model."
     if not isinstance(files, dict):
