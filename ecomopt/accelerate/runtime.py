@@ -206,6 +206,32 @@ def _open_openvino_model(
     graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
     return core.compile_model(graph, "CPU", properties)
 
+# %% ../../nbs/accelerate/34_runtime.ipynb #9292b8e6
+def _fix_scales(file: Path, examples: list[dict]) -> None:
+    "Give each input the range that it has in the examples, in place of its range in each call."
+    import onnx
+    import onnxruntime
+    from onnx.helper import make_node, make_tensor_value_info
+    from onnx.numpy_helper import from_array
+    model, probe = onnx.load(file), onnx.load(file)
+    dynamic = [node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"]
+    providers = ["CPUExecutionProvider"]
+    names = [node.input[0] for node in dynamic]
+    shown = (make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in {*names})
+    probe.graph.output.extend(shown)
+    run = onnxruntime.InferenceSession(probe.SerializeToString(), providers=providers).run
+    ends = np.array([[(x.min(), x.max()) for x in run(names, one)] for one in examples])
+    lows = np.minimum(ends[..., 0].min(0), 0)
+    highs = np.maximum(ends[..., 1].max(0), 0)
+    for node, low, high in zip(dynamic, lows, highs):
+        scale = np.float32((high - low) / 255 or 1)
+        zero_point = np.uint8(round(-low / scale))
+        for value, name in zip((scale, zero_point), node.output[1:]):
+            model.graph.initializer.append(from_array(np.array(value), name))
+        x, (y, *constants) = node.input[0], node.output
+        node.CopyFrom(make_node("QuantizeLinear", [x, *constants], [y]))
+    onnx.save(model, file)
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #3d31c99f
 def _write_onnxruntime(
     program: ExportedProgram,
@@ -213,13 +239,15 @@ def _write_onnxruntime(
     examples: list[dict],
     folder: Path,
 ) -> None:
-    "One file; int8 by ONNX Runtime's own tool, which scales each input dynamically."
+    "One file; int8 by ONNX Runtime's own tool, static where there are examples."
     import onnx
     from onnxruntime.quantization import quantize_dynamic
     graph = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     for node in graph.graph.node: node.ClearField("metadata_props")  # source lines and file names
     onnx.save(graph, folder / "graph.onnx")
-    if precision == "int8": quantize_dynamic(graph, folder / "graph.onnx", per_channel=True)
+    if precision == "int8":
+        quantize_dynamic(graph, folder / "graph.onnx", per_channel=True)
+        if examples: _fix_scales(folder / "graph.onnx", examples)
 
 
 def _open_onnxruntime(files: dict[str, np.ndarray], precision: str, threads: int) -> Callable:
@@ -602,7 +630,7 @@ def convert(
     classifier: Classifier,     # finished, in float32; its word embeddings may be quantized
     runtime: str = "openvino",  # "eager", "sdpa", "compile", "onnxruntime" or "openvino"
     precision: str = "int8",    # "float32", "bfloat16" or "int8"
-    calibration_texts: Task | Iterable[str] | None = None,  # for int8 in OpenVINO; of a task, 300
+    calibration_texts: Task | Iterable[str] | None = None,  # for int8; of a task, 300
     timeout: float = 600,       # seconds
 ) -> Classifier:                # to use, measure, save and load; it cannot be changed any more
     "Convert a finished classifier for a runtime."

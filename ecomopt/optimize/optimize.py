@@ -75,15 +75,14 @@ _TRAIN = [{"quantize_embeddings": {"bits": 4}}, _ONCE]
 _PATIENT = [_TRAIN[0], {"distill": _ONCE["distill"] | {"epochs": 3}}]
 _CONVERT = {"convert": {"runtime": "openvino", "precision": "int8"}}
 _ONNX = {"convert": {"runtime": "onnxruntime", "precision": "int8"}}
+_LAST = [_ONNX], [_CONVERT], [_ONNX, {"cascade": {}}], [{"quantize": {}}, {"calibrate": {}}]
 _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions of the teacher's
     [_CONVERT],
     [_ONNX],
     [{"quantize": {}}, {"calibrate": {}}],
-    [{"prune_structured": _SMALL}, *_PATIENT, _CONVERT],
-    [{"prune_structured": _SMALL}, *_PATIENT, _CONVERT, {"cascade": {}}],
+    *([{"prune_structured": _SMALL}, *_PATIENT, *last] for last in _LAST),
     [{"static": {}}, {"distill": {"augment": 20_000, "learning_rate": 5e-4}}, {"quantize": {}}],
     [{"prune_structured": _WIDE}, *_TRAIN, _ONNX],
-    [{"prune_structured": _SMALL}, *_PATIENT, {"quantize": {}}, {"calibrate": {}}],
     [{"keep_layers": {"layers": 0.5}}, _ONCE, _CONVERT],
 ]
 
@@ -159,6 +158,11 @@ def _cost_key(steps: list[dict]) -> str:
     "Equal for recipes of equal costs: how they are trained makes no difference."
     return str(_untrained(steps))
 
+
+def _distilling(steps: list[dict]) -> dict:
+    "The options of the distillation of a recipe."
+    return next((step["distill"] for step in steps if "distill" in step), {})
+
 # %% ../../nbs/optimize/54_optimize.ipynb #1dc621d4
 class _Search:
     "The state of one call of `optimize`."
@@ -171,7 +175,8 @@ class _Search:
         self.threads, self.n_jobs, self.on_trial = threads, n_jobs, on_trial
         self.began = time.perf_counter()
         self.budget, self.is_interrupted = budget, False
-        self.trials, self.students, self.known, self.spent = {}, {}, {}, []
+        self.trials, self.students, self.known = {}, {}, {}
+        self.trained, self.spent, self.answered = {}, {}, {}
         self.search, self.left_out, self.impossible, self.space_costs = None, [], None, {}
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
@@ -193,7 +198,7 @@ class _Search:
         first = [(self.space.point(steps), steps) for steps in priors if steps is not None]
         self.search = ConstrainedSearch(
             self.goal.cost, self.goal.limits, self.goal.max_drop, self.space.propose, self.expected,
-            _RUNGS, first, self.context.seed, known_costs=self.known_costs)
+            _RUNGS, first, self.context.seed, known_costs=self.known_costs, trusted=True)
 
     def known_costs(self, steps: list[dict]) -> dict[str, float] | None:
         "Costs of a recipe, if one with the same steps but for its trainings was measured."
@@ -208,16 +213,28 @@ class _Search:
     def expected(self, steps: list[dict], before: float, after: float) -> float:
         "Expected seconds of training a recipe further: linear in the number of texts."
         overhead = 3.0 if 0 < before < after < 1 else 25.0  # building and converting
-        if not _split(steps)[0]: return overhead
-        rate = 1 / 150  # seconds a text, before any training has told
-        if self.spent: rate = sum(s for _, s in self.spent) / sum(n for n, _ in self.spent)
-        return overhead + self.n_texts(steps, before, after) * rate
+        if self.is_trained(steps, after): return overhead
+        all_known = np.sum([*self.spent.values()] or [(150, 1)], 0)  # at first a guess
+        n_texts, seconds = self.spent.get(str(_split(steps)[0]), all_known)
+        training = self.n_texts(steps, before, after) * seconds / n_texts
+        return overhead + training + self.answering(steps, before, after)
+
+    def is_trained(self, steps: list[dict], fraction: float) -> bool:
+        "Whether there is no training, or a recipe with the same one read as many texts."
+        before, _ = _split(steps)
+        return not before or self.trained.get(str(before), 0.0) >= fraction
 
     def n_texts(self, steps: list[dict], before: float, after: float) -> float:
-        "How many texts a recipe is trained on from one fraction to another."
-        options = next((step["distill"] for step in steps if "distill" in step), {})
+        "How many texts a recipe is trained on from one fraction to another, each time counted."
+        options = _distilling(steps)
         texts = len(self.task.train) + len(self.task.transfer) + options.get("augment", 0)
         return (after - before) * texts * options.get("epochs", 1)
+
+    def answering(self, steps: list[dict], before: float, after: float) -> float:
+        "Expected seconds in which the teacher answers those that no training asked for."
+        before = max(before, self.answered.get(_distilling(steps).get("augment"), 0.0))
+        n_texts = self.n_texts(steps, before, after) / _distilling(steps).get("epochs", 1)
+        return max(0.0, n_texts) / self.teacher_costs["throughput"]
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."
@@ -333,14 +350,24 @@ class _Search:
         trial.seconds += seconds
         why = result if isinstance(result, str) else None
         if not why:
-            n_texts = self.n_texts(candidate.what, before, fraction)
-            self.spent.append((max(1.0, n_texts), result[2]))
+            self.learn_speed(candidate.what, before, fraction, result[2])
             self.students[id(candidate)] = self.students[id(candidate)][0], result[0]
             trial.is_complete = is_complete
             try: self.judge(candidate, trial, fraction, result[1])
             except Exception as error: why = _why_failed(error)
         if why: trial.status, trial.why, trial.model, candidate.out = "failed", why, None, why
         if self.on_trial: self.on_trial(trial)
+
+    def learn_speed(self, steps: list[dict], before: float, after: float, seconds: float) -> None:
+        "Note how long a training took, unless it was another recipe's and read from the cache."
+        if self.is_trained(steps, after): return
+        key = str(_split(steps)[0])
+        augment = _distilling(steps).get("augment")
+        own = max(seconds / 4, seconds - self.answering(steps, before, after))
+        new = max(1.0, self.n_texts(steps, before, after)), own
+        self.spent[key] = np.add(self.spent.get(key, (0.0, 0.0)), new)
+        self.trained[key] = after
+        self.answered[augment] = max(after, self.answered.get(augment, 0.0))
 
     def judge(self, candidate: Candidate, trial: Trial, fraction: float, model: Classifier) -> None:
         "Measure the quality of a trained candidate on the valid split, and try the quick gates."

@@ -81,11 +81,12 @@ class ConstrainedSearch:
         seed: int = 0,                # of the proposals
         min_gain: float = 0.05,       # of the cost, fraction: what gains less is not worth a trial
         known_costs: Callable = lambda what: None,  # f(candidate) -> its costs, if they are known
+        trusted: bool = False,        # the first of `first` that takes training is not held up
     ):
         self.minimize, self.limits, self.max_drop = minimize, limits, max_drop
         self.min_gain, self.known_costs = min_gain, known_costs
         self.propose, self.seconds, self.rungs = propose, seconds, tuple(rungs)
-        self.queue, self.candidates = list(first), []
+        self.queue, self.candidates, self.trusted = list(first), [], trusted
         self.seed = _whole_number(seed, "seed", 0)
         self._fitted: dict[bytes, GaussianProcess] = {}
 
@@ -94,9 +95,9 @@ class ConstrainedSearch:
         seconds_left: float = np.inf,  # what would take longer is not asked for
     ) -> tuple[Candidate, float] | None:  # what to train, and on which fraction; None: nothing
         "The next trial: a new candidate, whose costs are not known yet, or one to train on."
-        if self.queue:
-            self.candidates.append(Candidate(*self.queue.pop(0)))
-            return self.candidates[-1], self.rungs[0]
+        trusted = self._trusted(seconds_left)
+        if trusted: return trusted, self._next(trusted)
+        if self.queue: return self._begun(Candidate(*self.queue.pop(0)))
         promoted = self._last(seconds_left) or self._promoted(seconds_left)
         if promoted: return promoted, self._next(promoted)
         rng = np.random.default_rng([self.seed, len(self.candidates), self._n_drops()])
@@ -108,8 +109,22 @@ class ConstrainedSearch:
         pool = [c for c, one in zip(pool, seconds) if one <= seconds_left]
         if not pool: return None
         score = self.score(pool) - np.log(seconds[seconds <= seconds_left])
-        self.candidates.append(pool[int(score.argmax())])
-        return self.candidates[-1], self.rungs[0]
+        return self._begun(pool[int(score.argmax())])
+
+    def _begun(self, candidate: Candidate) -> tuple[Candidate, float]:
+        "A new candidate, on the lowest rung, or on the highest that takes no longer than that."
+        self.candidates.append(candidate)
+        seconds = [self.seconds(candidate.what, 0.0, rung) for rung in self.rungs]
+        return candidate, max(u for u, one in zip(self.rungs, seconds) if one <= seconds[0])
+
+    def _trusted(self, seconds_left: float) -> Candidate | None:
+        "The trusted candidate, while training it on all data leaves a tenth of the time."
+        begun = (c for c in self.candidates if self.rungs[0] in c.drops and len(self.rungs) > 1)
+        first = next(begun, None) if self.trusted else None
+        if first is None or first.out or not self._next(first): return None
+        if first.costs[self.minimize] >= self._target(): return None
+        needed = self.seconds(first.what, first.fraction, self.rungs[-1])
+        return first if needed < 0.9 * seconds_left else None
 
     def _last(self, seconds_left: float) -> Candidate | None:
         "The best that can still be trained on all data, as soon as time for little more is left."
