@@ -108,6 +108,36 @@ def test_the_best_candidate_does_not_wait_for_others_when_time_runs_out(left, go
     assert bool(asked and asked[0].drops) == goes_on
 
 
+@pytest.mark.parametrize(("left", "goes_on"), [(0.9, False), (1.2, True), (100, True)])
+def test_the_trusted_candidate_does_not_wait_for_others(left, goes_on):
+    first = [(x, tuple(x)) for x in np.eye(3)[:, :2]]
+    search = ConstrainedSearch("ms", {}, 0.02, propose, seconds, first=first, trusted=True)
+    for ms, fraction in ((9.0, 1.0), (8.0, 0.1)):
+        candidate, _ = search.ask()
+        search.tell_costs(candidate, {"ms": ms})
+        search.tell_drop(candidate, fraction, 0.05)
+    asked, fraction = search.ask(left * seconds(candidate.what, 0.1, 1.0))
+    assert (asked is candidate) == goes_on and fraction == pytest.approx(1 / 3 if goes_on else 0.1)
+
+
+def test_a_trusted_candidate_that_is_out_or_too_slow_is_not_trained_on():
+    for change in (dict(out="failed"), dict(costs={"ms": 9.0})):
+        first = [(x, tuple(x)) for x in np.eye(3)[:, :2]]
+        search = ConstrainedSearch("ms", {}, 0.02, propose, seconds, first=first, trusted=True)
+        for ms, fraction, loss in ((9.0, 1.0, 0.0), (8.0, 0.1, 0.05)):
+            candidate, _ = search.ask()
+            search.tell_costs(candidate, {"ms": ms})
+            search.tell_drop(candidate, fraction, loss)
+        for name, value in change.items(): setattr(candidate, name, value)
+        assert search.ask()[0] is search.candidates[2]
+
+
+def test_a_candidate_whose_training_is_shared_begins_with_all_data():
+    def shared(what, before, after): return 5.0 if what[0] else seconds(what, before, after)
+    search = ConstrainedSearch("ms", {}, 0.02, propose, shared, first=[(x, tuple(x)) for x in np.eye(2)])
+    assert [search.ask()[1] for _ in range(2)] == [1.0, 0.1]
+
+
 def test_known_costs_are_used_before_a_candidate_is_built():
     def known(what): return {"ms": 1 + 4 * what[0]} if what[0] < 0.5 else {"ms": 9.0}
     search = ConstrainedSearch("ms", {}, 0.05, propose, seconds, known_costs=known)

@@ -56,6 +56,19 @@ def test_predictions_stay_the_same_after_save_and_load(small, made, name, precis
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("texts", [TEXTS, None])
+def test_int8_in_onnx_runtime_has_the_scales_of_the_calibration_texts(small, texts):
+    import onnx
+    converted = convert(small, "onnxruntime", "int8", texts)
+    graph = onnx.load_model_from_string(converted.model.files()["onnx"].tobytes()).graph
+    kinds = [node.op_type for node in graph.node]
+    assert ("DynamicQuantizeLinear" in kinds) == (texts is None)
+    if texts is None: return
+    together = converted.logits([*TEXTS, "bad " * 60], batch_size=9)[:5]
+    assert torch.equal(converted.logits(TEXTS, batch_size=1), together)
+
+
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(made, tmp_path):
     converted = made("openvino", "float32")
     path = save(converted, tmp_path / "model")

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .. import EcomoptError
 from ..core.data import Task
 from ..core.pretrained import _padded
-from ..core.train import Classifier
+from ..core.train import Classifier, _has_instructions
 
 # %% ../../nbs/accelerate/30_precision.ipynb #3eec0d13
 _PRODUCTS = F.linear, torch.matmul, torch.Tensor.matmul, torch.bmm, F.scaled_dot_product_attention
@@ -75,9 +74,7 @@ def supports_precision(
     try: kind = torch.device(device).type
     except RuntimeError: return False
     if kind == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text(encoding="utf8").split() if cpuinfo.exists() else []
-        return precision == "float32" or not _FLAGS[precision].isdisjoint(flags)
+        return precision == "float32" or _has_instructions(*_FLAGS[precision])
     if not torch.accelerator.is_available(): return False
     if torch.accelerator.current_accelerator().type != kind: return False
     if (precision, kind) != ("bfloat16", "cuda"): return True

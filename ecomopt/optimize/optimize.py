@@ -67,7 +67,7 @@ from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 # %% ../../nbs/optimize/54_optimize.ipynb #ae66e0e9
 _RUNGS = 0.1, 1 / 3, 1.0
 _TYPICAL = 1 / 3  # drop for each disagreement, before any trial has told
-_STUDENT = {"vocabulary": True, "min_count": 2, "first_token": True}
+_STUDENT = {"vocabulary": True, "min_count": 2, "first_token": True, "importance": "taylor"}
 _SMALL = {"layers": 0.84, "neurons": 0.084, "heads": 0.17, **_STUDENT}  # deep and narrow
 _WIDE = {"layers": 0.5, "neurons": 0.34, "heads": 0.5, **_STUDENT, "min_count": 1}
 _ONCE = {"distill": {"augment": 20_000, "learning_rate": 2e-4}}

@@ -46,7 +46,7 @@ from ..core.checks import _first_line, _unknown, _whole_number
 from ..core.data import Task
 from ..core.measure import _check, compare
 from ..core.steps import register_step, step_kind
-from ..core.train import Classifier, finetune, fingerprint, supports_bfloat16
+from ..core.train import Classifier, _trains_in_bfloat16, finetune, fingerprint
 
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def _sizes(context: StepContext) -> dict:
 @register_step(
     "prune_structured",
     space=lambda context: _sizes(context) | {
-        "vocabulary": [False, True], "min_count": (1, 3), "first_token": [False, True]
+        "vocabulary": [False, True], "min_count": (1, 3), "first_token": [False, True],
+        "importance": ["magnitude", "taylor"],
     },
     cannot_follow=["keep_layers", *_STRUCTURE],
     packages=["tokenizers"],
@@ -156,7 +157,7 @@ def _part(context: StepContext, augment: int, start: float, stop: float) -> Task
 # %% ../../nbs/optimize/50_recipe.ipynb #2487a364
 @register_step(
     "distill",
-    space={"augment": (0, 60_000), "learning_rate": (3e-5, 5e-4, "log-uniform")},
+    space={"augment": (0, 60_000), "learning_rate": (3e-5, 5e-4, "log-uniform"), "epochs": (1, 4)},
     cannot_follow=["prune", *_FINAL],
     trains=True,
 )
@@ -425,7 +426,7 @@ def _key(model: Classifier, name: str, options: dict, context: StepContext) -> d
     "All that the result of a step depends on, equation (1)."
     kind, mark = step_kind(name), fingerprint(model)
     key = dict(step=name, options=options, model=mark, teacher=fingerprint(context.teacher))
-    key |= dict(task=context.task.fingerprint, seed=context.seed, bf16=supports_bfloat16())
+    key |= dict(task=context.task.fingerprint, seed=context.seed, bf16=_trains_in_bfloat16())
     key["packages"] = {package: _version(package) for package in kind.packages}
     if kind.apply.__module__.startswith("ecomopt."): return key
     return key | {"code": Hasher.hash(kind.apply)}
