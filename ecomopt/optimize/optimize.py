@@ -75,7 +75,8 @@ _TRAIN = [{"quantize_embeddings": {"bits": 4}}, _ONCE]
 _PATIENT = [_TRAIN[0], {"distill": _ONCE["distill"] | {"epochs": 3}}]
 _CONVERT = {"convert": {"runtime": "openvino", "precision": "int8"}}
 _ONNX = {"convert": {"runtime": "onnxruntime", "precision": "int8"}}
-_LAST = [_ONNX], [_CONVERT], [_ONNX, {"cascade": {}}], [{"quantize": {}}, {"calibrate": {}}]
+_CASCADE = {"cascade": {"deferred": 0.2}}
+_LAST = [_ONNX], [_ONNX, _CASCADE], [_CONVERT], [{"quantize": {}}, {"calibrate": {}}]
 _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions of the teacher's
     [_CONVERT],
     [_ONNX],

@@ -118,13 +118,13 @@ class ConstrainedSearch:
         return candidate, max(u for u, one in zip(self.rungs, seconds) if one <= seconds[0])
 
     def _trusted(self, seconds_left: float) -> Candidate | None:
-        "The trusted candidate, while training it on all data leaves a tenth of the time."
+        "The trusted candidate, while there is time to train it on all data."
         begun = (c for c in self.candidates if self.rungs[0] in c.drops and len(self.rungs) > 1)
         first = next(begun, None) if self.trusted else None
         if first is None or first.out or not self._next(first): return None
         if first.costs[self.minimize] >= self._target(): return None
         needed = self.seconds(first.what, first.fraction, self.rungs[-1])
-        return first if needed < 0.9 * seconds_left else None
+        return first if needed <= seconds_left else None
 
     def _last(self, seconds_left: float) -> Candidate | None:
         "The best that can still be trained on all data, as soon as time for little more is left."
