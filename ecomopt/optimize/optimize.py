@@ -307,7 +307,7 @@ class _Search:
             is_known = needs_training and self.known_costs(candidate.what)
             model = None if is_known else self.build(candidate.what)
             trial.costs = self.known_costs(candidate.what)
-            trial.measured.append(trial.costs)
+            if not needs_training: trial.measured.append(trial.costs)
             if not self.search.tell_costs(candidate, trial.costs): trial.status = "cost"
             elif not needs_training:
                 trial.is_complete = True
