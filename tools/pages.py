@@ -240,7 +240,7 @@ QUESTIONS = {
                          "times the throughput of the float32 teacher", more=SMALLER),
     "static": Question("How good is a model without attention?", "model", "retained",
                        "of the teacher's accuracy on product reviews", lambda row, rows: row["task"] == "reviews"),
-    "quickstart": Question("What do the ten lines of the quickstart gain?", "model", "× throughput",
+    "quickstart": Question("What do the lines of the quickstart gain?", "model", "× throughput",
                            "times the throughput of the teacher", more=SMALLER),
     "runtime": Question("Which runtime generates fastest?", "what", "a second", "tokens a second",
                         lambda row, rows: row["what"].startswith("language model")),
