@@ -27,7 +27,7 @@ from ecomopt.compress.distill import (
 from ecomopt.compress.quantize import quantize
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core.artifact import load, save
-from ecomopt.core.train import fingerprint, tokenized, training_arguments
+from ecomopt.core.train import Classifier, fingerprint, tokenized, training_arguments
 
 numbers = st.floats(-50, 50, width=32)
 
@@ -367,3 +367,16 @@ def test_a_teacher_is_needed():
     student = tiny.classifier()
     with pytest.raises(EcomoptError, match="no teacher"):
         DistillationTrainer(student.model, arguments(), train_dataset=rows(student))
+
+
+def test_lists_that_share_texts_share_the_teachers_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
+    texts, asked, logits = [f"text {i}" for i in range(3000)], [], Classifier.logits
+    monkeypatch.setattr(Classifier, "logits", lambda self, texts: asked.append(len(texts)) or logits(self, texts))
+    teacher = tiny.classifier()
+    first = teacher_logits(teacher, texts)
+    assert sum(asked) == 3000
+    second = teacher_logits(teacher, ["one more", *texts[:2000], "another"])
+    assert sum(asked) < 3000 + 2 * 1024 and torch.equal(second[1000:2001], first[999:2000])
+    torch.testing.assert_close(second[1:-1], first[:2000])
+    assert teacher_logits(teacher, []).shape == (0, 2)

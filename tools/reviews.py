@@ -82,7 +82,7 @@ def words() -> Counter:
 @cache
 def teacher(seed: int) -> Classifier:
     """A teacher."""
-    return finetune("minilm", task(), epochs=4, seed=seed)
+    return finetune("minilm", task(), epochs=4, seed=seed, bf16=True)
 
 
 class Answered(Ensemble):
@@ -99,7 +99,7 @@ def student(name: str, seed: int) -> Classifier:
     options = dict(texts=texts, first_token=True, importance="taylor", task=task())
     start = quantize(prune_structured(teacher(seed), **sizes, **options), bits, linear=False)
     mean = Answered([teacher((seed + i) % len(SEEDS)) for i in range(MEMBERS)])
-    return distill(mean, lessons(), start, epochs=EPOCHS, learning_rate=2e-4, seed=seed)
+    return distill(mean, lessons(), start, epochs=EPOCHS, learning_rate=2e-4, seed=seed, bf16=True)
 
 
 def artifact(classifier: Classifier) -> tuple[Classifier, int]:

@@ -309,6 +309,7 @@ def keep_layers(
 import random
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -330,20 +331,34 @@ from ecomopt.core.train import (
 from ..core.training import _BestEpoch, _named_bfloat16_error, _training
 
 # %% ../../nbs/compress/20_distill.ipynb #dbeea12e
+def _chunks(texts: Sequence[str], size: int = 512) -> list[list[str]]:
+    "Split a list where its texts say so: two lists with many texts in a row alike share chunks."
+    chunks = [[]]
+    for text in texts:
+        chunks[-1].append(text)
+        is_end = crc32(text.encode("utf8", "surrogatepass")) % size == 0
+        if is_end and len(chunks[-1]) >= size // 4: chunks.append([])
+    return [chunk for chunk in chunks if chunk] or chunks
+
+# %% ../../nbs/compress/20_distill.ipynb #5b1e77a2
 def teacher_logits(
     teacher: Classifier,   # the model that computes them
     texts: Sequence[str],  # any number of texts
     bf16: bool = False,    # compute in bfloat16, as a training would; a teacher in integers cannot
 ) -> torch.Tensor:         # [len(texts), C], float32
-    "Compute the teacher's logits, or read them from the cache."
+    "Compute the teacher's logits, or read from the cache what it answered for any other list."
     device = teacher.model.device.type
     types = {tensor.dtype for tensor in teacher.model.state_dict().values()}
     bf16 = bf16 and types.isdisjoint({torch.int8, torch.uint8})
-    def compute(directory):
+    def compute(chunk, directory):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            save_file({"logits": teacher.logits(texts)}, directory / "logits.safetensors")
-    key = dict(teacher=fingerprint(teacher), texts=_digest(list(texts)), bf16=bf16)
-    return load_file(cached("logits", key, compute) / "logits.safetensors")["logits"]
+            save_file({"logits": teacher.logits(chunk)}, directory / "logits.safetensors")
+    key = dict(teacher=fingerprint(teacher), bf16=bf16)
+    parts = []
+    for chunk in _chunks(texts):
+        path = cached("logits", key | {"texts": _digest(chunk)}, partial(compute, chunk))
+        parts.append(load_file(path / "logits.safetensors")["logits"])
+    return torch.cat(parts)
 
 # %% ../../nbs/compress/20_distill.ipynb #c6c5a36a
 def ngram_augment(

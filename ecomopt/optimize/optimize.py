@@ -177,7 +177,7 @@ class _Search:
         self.began = time.perf_counter()
         self.budget, self.is_interrupted = budget, False
         self.trials, self.students, self.known = {}, {}, {}
-        self.trained, self.spent, self.answered = {}, {}, {}
+        self.trained, self.spent, self.answered = {}, {}, np.zeros(2)
         self.search, self.left_out, self.impossible, self.space_costs = None, [], None, {}
         self.texts = list(self.task.valid["text"])
         self.actual = np.array(self.task.valid["label"])
@@ -218,24 +218,26 @@ class _Search:
         all_known = np.sum([*self.spent.values()] or [(150, 1)], 0)  # at first a guess
         n_texts, seconds = self.spent.get(str(_split(steps)[0]), all_known)
         training = self.n_texts(steps, before, after) * seconds / n_texts
-        return overhead + training + self.answering(steps, before, after)
+        return overhead + training + self.answering(steps, after)
 
     def is_trained(self, steps: list[dict], fraction: float) -> bool:
         "Whether there is no training, or a recipe with the same one read as many texts."
         before, _ = _split(steps)
         return not before or self.trained.get(str(before), 0.0) >= fraction
 
+    def texts_of(self, steps: list[dict], fraction: float) -> np.ndarray:
+        "How many texts of the task, and how many augmented ones, a fraction for a recipe is."
+        n_texts = len(self.task.train) + len(self.task.transfer)
+        return fraction * np.array([n_texts, _distilling(steps).get("augment", 0)])
+
     def n_texts(self, steps: list[dict], before: float, after: float) -> float:
         "How many texts a recipe is trained on from one fraction to another, each time counted."
-        options = _distilling(steps)
-        texts = len(self.task.train) + len(self.task.transfer) + options.get("augment", 0)
-        return (after - before) * texts * options.get("epochs", 1)
+        return self.texts_of(steps, after - before).sum() * _distilling(steps).get("epochs", 1)
 
-    def answering(self, steps: list[dict], before: float, after: float) -> float:
+    def answering(self, steps: list[dict], after: float) -> float:
         "Expected seconds in which the teacher answers those that no training asked for."
-        before = max(before, self.answered.get(_distilling(steps).get("augment"), 0.0))
-        n_texts = self.n_texts(steps, before, after) / _distilling(steps).get("epochs", 1)
-        return max(0.0, n_texts) / self.teacher_costs["throughput"]
+        new = np.maximum(0, self.texts_of(steps, after) - self.answered).sum()
+        return new / self.teacher_costs["throughput"]
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."
@@ -363,12 +365,11 @@ class _Search:
         "Note how long a training took, unless it was another recipe's and read from the cache."
         if self.is_trained(steps, after): return
         key = str(_split(steps)[0])
-        augment = _distilling(steps).get("augment")
-        own = max(seconds / 4, seconds - self.answering(steps, before, after))
+        own = max(seconds / 4, seconds - self.answering(steps, after))
         new = max(1.0, self.n_texts(steps, before, after)), own
         self.spent[key] = np.add(self.spent.get(key, (0.0, 0.0)), new)
         self.trained[key] = after
-        self.answered[augment] = max(after, self.answered.get(augment, 0.0))
+        self.answered = np.maximum(self.answered, self.texts_of(steps, after))
 
     def judge(self, candidate: Candidate, trial: Trial, fraction: float, model: Classifier) -> None:
         "Measure the quality of a trained candidate on the valid split, and try the quick gates."

@@ -33,7 +33,7 @@ from .. import EcomoptError
 from ..accelerate.cascade import fit_cascade
 from ..accelerate.runtime import convert
 from ..compress.calibrate import calibrate
-from ..compress.distill import _training_texts, distill, keep_layers
+from ..compress.distill import distill, keep_layers, ngram_augment
 from ..compress.prune import PruneCallback, prune
 from ..compress.qat import prepare_qat
 from ..compress.quantize import quantize
@@ -140,17 +140,17 @@ def _quantize_embeddings(model, context, *, bits: _Bits = 4):
 
 # %% ../../nbs/optimize/50_recipe.ipynb #37882ab6
 def _part(context: StepContext, augment: int, start: float, stop: float) -> Task:
-    "The task with a part of its texts to learn from: labelled, unlabelled and augmented ones."
+    "The task with a part of its texts to learn from: of the labelled, unlabelled and augmented."
     task = context.task
-    texts, labels = _training_texts(task, augment, context.seed)
-    order = np.random.default_rng(context.seed).permutation(len(texts))
-    rows = order[round(start * len(texts)):round(stop * len(texts))]
-    known = [i for i in rows if i < len(task.train)]
-    others = [texts[i] for i in rows if i >= len(task.train)]
-    if not len(rows) or not 0 <= start < stop <= 1:
-        what = f"There are no texts from {start:g} to {stop:g}, as fractions of {len(texts)}."
+    rng = np.random.default_rng(context.seed)
+    def part(rows): return rows[round(start * len(rows)):round(stop * len(rows))]
+    known, others = (part(rng.permutation(len(rows))) for rows in (task.train, task.transfer))
+    augmented = part(ngram_augment(task.train["text"][:], augment, context.seed))
+    texts = [*task.transfer.select(others)["text"], *augmented]
+    if not len(known) + len(texts) or not 0 <= start < stop <= 1:
+        what = f"There are no texts from {start:g} to {stop:g}, as fractions."
         raise EcomoptError(what, "step 'distill'", "Give 0 ≤ start < stop ≤ 1.")
-    transfer = {"text": others, "domain": ["part"] * len(others)}
+    transfer = {"text": texts, "domain": ["part"] * len(texts)}
     transfer = Dataset.from_dict(transfer, task.transfer.features)
     return replace(task, train=task.train.select(known), transfer=transfer)
 
