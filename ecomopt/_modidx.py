@@ -1575,6 +1575,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'ecomopt/optimize/optimize.py'),
                                            'ecomopt.optimize.optimize._Search.distance': ( 'optimize/optimize.html#_search.distance',
                                                                                            'ecomopt/optimize/optimize.py'),
+                                           'ecomopt.optimize.optimize._Search.drop_std': ( 'optimize/optimize.html#_search.drop_std',
+                                                                                           'ecomopt/optimize/optimize.py'),
                                            'ecomopt.optimize.optimize._Search.estimate': ( 'optimize/optimize.html#_search.estimate',
                                                                                            'ecomopt/optimize/optimize.py'),
                                            'ecomopt.optimize.optimize._Search.expected': ( 'optimize/optimize.html#_search.expected',

@@ -1,5 +1,6 @@
 """What can be tried: goals, budgets, the space of recipes, costs before training, gates."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from ecomopt import EcomoptError, Goal, Recipe
 from ecomopt.core.steps import step_kinds
@@ -17,6 +19,7 @@ from ecomopt.optimize.candidates import (
     _no_lost_class,
     _reloads,
     _same_labels,
+    _small,
     apply_steps,
     build_untrained,
     file_bytes,
@@ -183,3 +186,20 @@ def test_gains_count_in_the_recall_of_a_class():
 def test_cascades_are_searched_where_the_smallest_student_has_one_layer():
     found, left_out = search_space(StepContext(tiny.task(), tiny.classifier(layers=24)))
     assert "cascade" in found.kinds, left_out
+
+
+def test_the_large_stage_is_converted_with_the_texts_of_its_task(context, monkeypatch):
+    from ecomopt.optimize import recipe
+    monkeypatch.setattr(recipe, "convert", lambda model, runtime, precision, task: len(task.train))
+    small = _small(context)
+    assert recipe._large_stage(small, "onnxruntime") == len(small.task.train) < len(context.task.train)
+    assert recipe._large_stage(context, "onnxruntime") == len(context.task.train)
+
+
+def test_what_can_be_cut_of_other_architectures():
+    from ecomopt.optimize.recipe import _sizes
+    model = tiny.distilbert()
+    assert _sizes(StepContext(tiny.task(), model))["neurons"][1] == model.model.config.hidden_dim
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, intermediate_size=32)
+    fake = SimpleNamespace(teacher=SimpleNamespace(model=SimpleNamespace(config=config)))
+    assert _sizes(fake)["heads"] == [4, 8], "heads that share a key are cut together"

@@ -147,3 +147,10 @@ def test_known_costs_are_used_before_a_candidate_is_built():
         search.tell_drop(candidate, 1.0, 0.01)
     slow = [c for c in search.candidates[1:] if c.costs["ms"] == 9.0]
     assert not slow, "what is known to be slower than the best is not tried"
+
+
+def test_what_comes_first_is_left_out_if_there_is_no_time_for_it():
+    first = [(np.array([0.5, 0.5]), (0.5, 0.5)), (np.array([0.6, 0.6]), (0.6, 0.6))]
+    def slow(what, before, after): return 100.0 if what == (0.5, 0.5) else 1.0
+    search = ConstrainedSearch("ms", {}, 0.02, propose, slow, first=first)
+    assert search.ask(50.0)[0].what == (0.6, 0.6) and not search.queue

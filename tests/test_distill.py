@@ -380,3 +380,10 @@ def test_lists_that_share_texts_share_the_teachers_answers(tmp_path, monkeypatch
     assert sum(asked) < 3000 + 2 * 1024 and torch.equal(second[1000:2001], first[999:2000])
     torch.testing.assert_close(second[1:-1], first[:2000])
     assert teacher_logits(teacher, []).shape == (0, 2)
+
+
+def test_training_does_not_make_quantized_embeddings_larger():
+    start = quantize(keep_layers(tiny.classifier(), 2), embedding_bits=4, linear=False)
+    kinds = {name: x.dtype for name, x in start.model.named_buffers()}
+    assert {name: x.dtype for name, x in module._trainable_copy(start).model.named_buffers()} == kinds
+    assert torch.float16 in kinds.values()

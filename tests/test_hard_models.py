@@ -10,7 +10,13 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from ecomopt import DistillationTrainer, EcomoptError, distill, finetune, load_model, measure, quantize, save
 from ecomopt.core import train, training
@@ -364,3 +370,11 @@ def test_a_tokenizer_in_threads():
     assert found == [ask(i) for i in range(400)]
 
 
+
+
+def test_numbered_labels_are_matched_by_name():
+    from ecomopt.core.pretrained import _class_order
+    names = [f"LABEL_{i}" for i in range(12)]
+    config = BertConfig(num_labels=12, architectures=["BertForSequenceClassification"])
+    assert _class_order(config, sorted(names)) == [names.index(name) for name in sorted(names)]
+    assert _class_order(config, [f"topic {i}" for i in range(12)]) == [*range(12)]

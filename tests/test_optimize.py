@@ -22,6 +22,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from typer.testing import CliRunner
 
 from ecomopt import (
@@ -278,8 +279,8 @@ def test_a_search_runs_in_one_process(task, teacher, monkeypatch):
                                                ("not met", "")])
 def test_the_notes_say_what_the_baseline_means(task, teacher, against, said):
     search = SimpleNamespace(task=task, texts=[""] * 100, goal=Goal(), impossible=None, is_interrupted=False)
-    verdict, baseline = SimpleNamespace(disagreement=0.1), SimpleNamespace(outcome=against)
-    notes = module._notes(search, verdict, baseline)
+    trial, baseline = SimpleNamespace(drop_std=0.032), SimpleNamespace(outcome=against)
+    notes = module._notes(search, trial, baseline)
     assert any(said in note for note in notes if "standard error" not in note) == bool(said)
     assert "standard error of 3.2 points" in notes[0], "the valid split of 100 texts cannot tell"
 
@@ -314,6 +315,31 @@ def test_a_step_that_fails_is_a_trial_that_failed(
     found = optimize(task, teacher, Goal(max_drop=0.2))
     assert all(t["status"] in ("failed", "trained") for t in found.data["trials"]) and found.model is teacher
     assert any(t["why"] == "It is broken." for t in found.data["trials"])
+
+
+def test_the_closest_model_is_one_that_answers(task, teacher, few_trials):
+    search = module._Search(StepContext(task, teacher), Goal(), 10.0, 1, 1, None)
+    search.run()
+    for trial in search.trials.values():
+        if trial.steps: trial.status, trial.model, trial.is_complete = "failed", None, True
+    assert search.closest().model is teacher
+
+
+def test_a_killed_worker_is_a_trial_that_failed(task, teacher, monkeypatch, no_fresh_process, few_trials):
+    def killed(*arguments, **options): raise TerminatedWorkerError("a worker was killed")
+    monkeypatch.setattr(module, "Parallel", lambda n_jobs: killed)
+    found = optimize(task, teacher, Goal(max_drop=0.2))
+    assert any("killed" in (t["why"] or "") for t in found.data["trials"])
+
+
+def test_the_error_of_a_drop_of_macro_f1_is_that_of_the_metric(task, teacher):
+    search = module._Search(StepContext(replace(task, metric="macro_f1"), teacher), Goal(), 10.0, 1, 1, None)
+    search.actual = np.array([0] * 95 + [1] * 5)
+    search.answers = search.actual.copy()
+    found = search.answers.copy()
+    found[-1] = 0
+    accuracy = np.sqrt((found != search.answers).mean() / len(found))
+    assert search.drop_std(found, 0.01) > 3 * accuracy, "one of five texts of a class"
 
 
 def test_unbalanced_classes_are_noted_and_one_class_never_wins(task):
@@ -576,10 +602,17 @@ def test_the_home_directory_that_a_shell_leaves_is_found(shop, monkeypatch):
     assert (shop / "at_home" / "artifact.json").exists() and not (shop / "~").exists()
 
 
+def labelled(shop: Path, file: str) -> list[dict]:
+    """What `ecomopt predict` prints for a file of JSON lines."""
+    return [json.loads(line) for line in invoke(shop, "predict", "teacher", file).stdout.splitlines()]
+
+
 def test_predict_names_the_line_at_fault(shop):
     (shop / "rows.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     ran = run(shop, "predict", "teacher", "rows.jsonl")
     assert ran.returncode == 2 and "line 2" in ran.stderr
+    (shop / "rows.jsonl").write_text('{"text": "good"}\n\n{"text": 5}\n')
+    assert [row["text"] for row in labelled(shop, "rows.jsonl")] == ["good", 5], "empty lines, and a number as a text"
     (shop / "rows.xml").write_text("<a/>")
     assert invoke(shop, "predict", "teacher", "rows.xml").exit_code == 2
     assert invoke(shop, "predict", "teacher", "none.csv").exit_code == 2

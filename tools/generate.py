@@ -82,9 +82,11 @@ def summary() -> str:
     best = max(enough, key=lambda p: p["speedup"]) if enough else max(ours, key=lambda p: p["accuracy"])
     sizes = [number(point["bytes"] / 1e6) for point in (best, teacher)]
     kept, about = best["accuracy"] / teacher["accuracy"], stack()
+    verdicts = next(row for row in about["table"] if row["model"] == best["name"])
     return (f"On real Amazon reviews, *{best['name']}* has {number(best['speedup'])} times the throughput of its "
             f"teacher, takes {sizes[0]} MB in place of {sizes[1]}, and keeps {kept:.1%} of the accuracy "
-            f"(mean of {len(about['seeds'])} seeds, {about['machine']}, {about['date']}).")
+            f"(mean of {len(about['seeds'])} seeds, {about['machine']}, {about['date']}). That it loses less than two "
+            f"points: {verdicts['at 2 points']}, by seeds; less than one: {verdicts['at 1 point']}.")
 
 
 BLOCKS = {"code": code, "results": results, "conditions": conditions, "summary": summary}

@@ -249,8 +249,11 @@ QUESTIONS = {
     "tune": Question("Which tuner comes nearest to the best in twenty trials?", "method", "median",
                      "above the lowest value of Hartmann-6, median",
                      lambda row, rows: row["problem"] == "Hartmann-6" and row["what"].startswith("regret"), lower=True),
-    "recipes": Question("Does it pay to search recipes with a model of their costs?", "search",
-                        "mean trainings, of random's", "of the trainings of random search", lower=True),
+    "recipes": Question(
+        "Does it pay to search recipes with a model of their costs?", "search", "mean trainings, of random's",
+        "of the trainings of random search", lower=True, says=lambda rows:
+        "The constrained search needs {mean trainings, of random's:.3g} times the trainings of random search, when it "
+        "minimizes {minimize} on a table of {recipes} recorded recipes.".format_map(rows["constrained"])),
     "distill": Question(
         "What does distillation cost in training time?", "what", "ms a step", "ms a step", lower=True, says=lambda rows:
         f"An epoch on cached teacher logits takes {number(rows['epoch: distillation, cached logits']['ratio'])} times "
@@ -281,7 +284,7 @@ def answer(question: Question, table: list[dict]) -> str:
     if question.says: text = question.says({row[question.label]: row for row in rows})
     else:
         text = f"**{name}: {number(value)}** {question.unit}"
-        text += f", before {others[0][0]} with {number(others[0][1])}." if others else "."
+        text += f", ahead of {others[0][0]} with {number(others[0][1])}." if others else "."
         if question.more and best.get("retained"): text += " " + question.more.format_map(best)
     chart = bars([(label, number_, bool(OURS.search(label))) for label, number_, _ in found], question.unit)
     note = f"{question.unit[0].upper()}{question.unit[1:]}; {'shorter' if question.lower else 'longer'} is better."
@@ -314,8 +317,8 @@ def architectures(table: dict[str, dict[str, str]]) -> str:
     short = pd.DataFrame(table).T.map(lambda found: str(found).partition(":")[0]).to_html(border=0)
     return page(
         "Architectures", "Which step works with which model, and why not.",
-        "Every step was tried on a small random model of every architecture. *Works* means that the logits stay what "
-        "the step promises and that the result, saved and loaded, has the same logits. *Refused* means an error "
+        "Every step was tried on a small random classifier of every architecture. *Works* means that the logits stay "
+        "what the step promises and that the result, saved and loaded, has the same logits. *Refused* means an error "
         "before anything is changed; the reasons are listed below the table. A test keeps this table true.",
         html(short), "## Reasons",
         "\n".join(f"* **{step}**, {', '.join(names)}: {why}" for (step, why), names in sorted(reasons.items())),

@@ -403,7 +403,8 @@ def _make_student(
 # %% ../../nbs/compress/20_distill.ipynb #9be108ce
 def _trainable_copy(student: Classifier) -> Classifier:
     "A copy without dropout; the word embeddings of a pretrained encoder are frozen."
-    model = copy.deepcopy(student.model).float().requires_grad_(True)
+    model = copy.deepcopy(student.model).requires_grad_(True)
+    for parameter in model.parameters(): parameter.data = parameter.data.float()
     for name, module in model.named_modules():
         if module is model.get_input_embeddings() or not hasattr(module, "spec"): continue
         if not any(p.requires_grad for p in module.parameters()):

@@ -70,6 +70,8 @@ def _class_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] |
     names = _class_names(config)
     wanted = [label.strip().casefold() for label in labels]
     is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
+    numbered = [f"label_{i}" for i in range(len(labels))]
+    if names is None and sorted(wanted) == sorted(numbered): names = numbered
     if names is None or not is_classifier: return list(range(len(labels)))
     if sorted(names) != sorted(wanted): return None
     return [names.index(label) for label in wanted]

@@ -53,7 +53,7 @@ class Goal:
     "What must hold of an optimized model, and what to minimize."
     max_drop: float = 0.01               # of the task's metric against the teacher, fraction
     max_latency_ms: float | None = None  # median of one text alone, on this machine
-    max_bytes: int | None = None         # of all files of the artifact
+    max_bytes: int | None = None         # of all files of the model; a report comes on top
     minimize: Literal["latency", "bytes"] = "latency"  # or "bytes"
     max_class_drop: float = 0.1          # of the recall of any class, fraction
     max_perplexity: float | None = None  # its increase, fraction; of language models

@@ -28,7 +28,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .. import EcomoptError
-from ..core.assets import ASSETS, assets_table, cache_dir, fetch
+from ..core.assets import ASSETS, _write_error, assets_table, cache_dir, fetch
 from ..core.checks import _first_line
 
 # %% ../../nbs/optimize/59_cli.ipynb #567499f3
@@ -41,7 +41,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         "Run a command."
         try: return super().invoke(ctx)
-        except _TYPERS_OWN: raise
+        except (*_TYPERS_OWN, BrokenPipeError): raise  # of the last, typer knows: | head
         except Exception as error: raise typer.Exit(self.explain(error)) from error
 
     def explain(
@@ -113,21 +113,22 @@ _Label = Annotated[str, typer.Option(help="The column of the labels.")]
 _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one split.")]
 _Unlabelled = Annotated[Path | None, typer.Option(help=_unlabelled_help, callback=_home)]
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
-_Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+_seed_help = "Of training and search; how a file is split does not depend on it."
+_Seed = Annotated[int, typer.Option(help=_seed_help)]
 _Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
 
 # %% ../../nbs/optimize/59_cli.ipynb #501d7c90
 def _task(
-    source: str, text: str, label: str, group: str | None, metric: str, seed: int,
+    source: str, text: str, label: str, group: str | None, metric: str,
     unlabelled: Path | None = None,
 ) -> Any:
-    "A task of the book, or one made of a file; with more texts to learn from."
+    "A task of the book, or one made of a file: all commands split it alike; with more texts."
     from dataclasses import replace
 
     from ecomopt.core.data import Task, load_task
     if Path(source).suffix or Path(source).exists():
-        task = Task.from_csv(source, text, label, group, seed=seed, metric=metric)
-    else: task = replace(load_task(source, seed), metric=metric)
+        task = Task.from_csv(source, text, label, group, metric=metric)
+    else: task = replace(load_task(source), metric=metric)
     return task if unlabelled is None else task.with_transfer(unlabelled, text=text)
 
 
@@ -147,7 +148,8 @@ def _output(out: Path) -> Iterator[Path]:
     place = sha256(str(out.absolute()).encode()).hexdigest()[:16]
     lock = FileLock(cache_dir() / "outputs" / f"{place}.lock", timeout=0)
     try: lock.acquire()
-    except Timeout as error:
+    except OSError as error:
+        if not isinstance(error, Timeout): raise _write_error(error, cache_dir()) from error
         do = "Wait for it, or name another directory."
         raise EcomoptError("Another run writes there.", str(out), do) from error
     try: yield out
@@ -201,7 +203,6 @@ def _measure(
     group: _Group = None,
     metric: _Metric = "accuracy",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
-    seed: _Seed = 0,
     threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
@@ -210,7 +211,7 @@ def _measure(
     Example: ecomopt measure small reviews.csv --text review --label stars
     """
     from ecomopt.core.measure import compare
-    task = _task(data, text, label, group, metric, seed)
+    task = _task(data, text, label, group, metric)
     _say(f"measuring {model} on {len(getattr(task, split, []))} texts")
     compared = compare({model: _classifier(model, task)}, task, split, threads=threads)
     _print(compared.measurements[model].to_dict(), as_json, compared.table.T.to_string())
@@ -237,7 +238,7 @@ def _distill(
     """
     from ecomopt.optimize.recipe import Recipe
     options = dict(layers=layers, augment=augment, epochs=epochs)
-    task = _task(data, text, label, group, "accuracy", seed, unlabelled)
+    task = _task(data, text, label, group, "accuracy", unlabelled)
     _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
     _print_sizes(out, teacher, as_json)
 
@@ -291,7 +292,7 @@ def _recipe_run(
     """
     from ecomopt.optimize.recipe import Recipe
     chain = Recipe.from_yaml(recipe)
-    task = _task(data, text, label, group, "accuracy", chain.seed, unlabelled)
+    task = _task(data, text, label, group, "accuracy", unlabelled)
     result = _run_recipe(chain, task, model, out, True)
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
@@ -337,7 +338,7 @@ def _optimize(
     seconds = parse_budget(budget)
     with _output(out):
         _check_out(_beside(out), out)
-        task = _task(data, text, label, group, metric, seed, unlabelled)
+        task = _task(data, text, label, group, metric, unlabelled)
         result = _searched(task, model, goal, seconds, seed, threads, jobs)
         result.save(out)
     _print(*_summary(result, out, as_json))
@@ -417,13 +418,14 @@ def _parquet_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
 # %% ../../nbs/optimize/59_cli.ipynb #27b5ced2
 def _json_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     "Objects of a stream of JSON lines and their texts."
+    from ecomopt.core.data import _json_object
     for number, line in enumerate(file, 1):
-        try: row = json.loads(line)
-        except ValueError: row = None
-        if isinstance(row, dict) and isinstance(row.get(column), str): yield row, row[column]
-        else:
-            what = f"The line is no JSON object with a text {column!r}."
-            raise EcomoptError(what, f"line {number}", "Write one object a line, and give --text.")
+        if not line.strip(): continue
+        row = _json_object(line, f"line {number}")
+        if not isinstance(row.get(column), (str, int, float)):
+            what = f"The line has no text {column!r}."
+            raise EcomoptError(what, f"line {number}", "Give the texts' name with --text.")
+        yield row, str(row[column])
 
 
 def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:

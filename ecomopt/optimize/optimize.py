@@ -105,7 +105,7 @@ def _sized(steps: list[dict], space: RecipeSpace) -> list[dict] | None:
     def sized(name, options):
         ranges = space.kinds.get(name, {})
         fractions = {"layers", "neurons", "heads"} & options.keys() & ranges.keys()
-        return options | {o: max(1, round(options[o] * ranges[o][1])) for o in fractions}
+        return options | {o: max(1, round(options[o] * max(ranges[o]))) for o in fractions}
 
     return space.fit(
         [{name: sized(name, options)} for step in steps for name, options in step.items()]
@@ -214,6 +214,8 @@ class _Search:
     def expected(self, steps: list[dict], before: float, after: float) -> float:
         "Expected seconds of training a recipe further: linear in the number of texts."
         overhead = 3.0 if 0 < before < after < 1 else 25.0  # building and converting
+        overhead = min(overhead, self.budget / 50)
+        overhead += len(self.texts) / self.teacher_costs["throughput"]
         if self.is_trained(steps, after): return overhead
         all_known = np.sum([*self.spent.values()] or [(150, 1)], 0)  # at first a guess
         n_texts, seconds = self.spent.get(str(_split(steps)[0]), all_known)
@@ -331,14 +333,16 @@ class _Search:
         jobs, complete_now = [], []
         for candidate, fraction in batch:
             before, after = _split(candidate.what)
-            done, student = self.students.get(id(candidate), (0, self.context.teacher))
+            done, student = self.students.get(id(candidate), ([], self.context.teacher))
             parts = rung(before, fraction, _RUNGS)
+            if parts[:len(done)] != done: done, student = [], self.context.teacher
             last = after if complete or fraction == 1 else []
-            jobs.append((student, parts[done:], last, self.context))
+            jobs.append((student, parts[len(done):], last, self.context))
             complete_now.append(last == after)
-            self.students[id(candidate)] = len(parts), student
+            self.students[id(candidate)] = parts, student
         start = time.perf_counter()
-        made = Parallel(n_jobs=self.n_jobs)(delayed(_attempted)(*job) for job in jobs)
+        try: made = Parallel(n_jobs=self.n_jobs)(delayed(_attempted)(*job) for job in jobs)
+        except Exception as error: made = [_why_failed(error)] * len(jobs)  # a worker was killed
         seconds = (time.perf_counter() - start) / max(1, len(batch))
         for (candidate, fraction), result, is_complete in zip(batch, made, complete_now):
             self.note(candidate, fraction, result, seconds, is_complete)
@@ -378,12 +382,20 @@ class _Search:
         trial.drop = self.teacher_score - trial.quality
         trial.model, trial.fraction, trial.answers = model, fraction, found
         trial.disagreement = float((found != self.answers).mean())
-        trial.drop_std = math.sqrt(trial.disagreement / len(found))
+        trial.drop_std = self.drop_std(found, trial.disagreement)
         trial.estimate = self.estimate(trial)
         self.search.tell_drop(candidate, fraction, trial.estimate)
         if not trial.is_complete: return
         if self.is_over(candidate, trial) or trial.estimate > self.goal.max_drop: return
         self.keep(candidate, trial, self.quick_gates(trial))
+
+    def drop_std(self, found: np.ndarray, disagreement: float) -> float:
+        "Standard error of a drop: equation (2), or of any other metric by the paired bootstrap."
+        n, score = len(found), self.task.score
+        if self.task.metric == "accuracy": return math.sqrt(disagreement / n)
+        samples = np.random.default_rng(self.context.seed).integers(n, size=(100, n))
+        both = ([score(self.actual[i], y[i]) for i in samples] for y in (self.answers, found))
+        return float(np.std(np.subtract(*both)))
 
     def estimate(self, trial: Trial) -> float:
         "The drop, shrunk towards what trials with such a disagreement lose, equation (3)."
@@ -453,7 +465,7 @@ class _Search:
         for one in sorted(known, key=lambda c: self.distance(self.trials[id(c)])):
             trial = self.trials[id(one)]
             if not trial.is_complete: self.train([(one, one.fraction)], complete=True)
-            if trial.is_complete: return trial
+            if trial.is_complete and trial.model is not None: return trial
         trial = Trial(len(self.trials), [], fraction=1.0, drop=0.0, quality=self.teacher_score,
                       costs=self.teacher_costs, model=self.context.teacher, answers=self.answers,
                       is_complete=True)
@@ -478,7 +490,7 @@ def _tfidf(task: Task, texts: list[str], actual: np.ndarray) -> dict:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    options = dict(ngram_range=(1, 2), sublinear_tf=True)
+    options = dict(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000)
     words = TfidfVectorizer(**options)
     try: words.fit(task.train["text"])
     except ValueError: words = TfidfVectorizer(analyzer="char", **options)  # no words: emoji, say
@@ -584,10 +596,10 @@ def _reason(search: _Search, trial: Trial, feasible: bool) -> str:
     return f"None {of} satisfies the goal. The closest {_distance_words(goal, trial)}."
 
 # %% ../../nbs/optimize/54_optimize.ipynb #3b949f4f
-def _resolution(search: _Search, disagreement: float) -> list[str]:
-    "Whether the valid split could decide, by equation (2)."
+def _resolution(search: _Search, drop_std: float | None) -> list[str]:
+    "Whether the valid split could decide, by the standard error of a drop."
     n, margin = len(search.texts), search.goal.max_drop
-    std = math.sqrt(max(disagreement, 1 / n) / n)
+    std = max(drop_std or 0.0, 1 / n)
     if 1.645 * std <= margin: return []
     return [
         f"The valid split has {n} texts: a drop has a standard error of {100 * std:.1f} points "
@@ -603,9 +615,9 @@ def _unbalanced(task: Task) -> list[str]:
     return [f"{share}: consider a task with metric='macro_f1'."]
 
 
-def _notes(search: _Search, verdict: Verdict, against: Verdict) -> list[str]:
+def _notes(search: _Search, trial: Trial, against: Verdict) -> list[str]:
     "What a reader should know besides; `against`: of the baseline without a transformer."
-    notes = _resolution(search, verdict.disagreement)
+    notes = _resolution(search, trial.drop_std)
     if against.outcome == "met":
         notes.append("No transformer is needed: TF-IDF with logistic regression keeps the goal.")
     elif against.outcome != "not met":
@@ -689,7 +701,7 @@ def _tested(search: _Search, trial: Trial) -> tuple[Verdict, dict]:
     verdict, against = test(second), test(baseline.pop("answers"))
     return verdict, dict(
         verdict={"outcome": verdict.outcome, "text": str(verdict), **asdict(verdict)},
-        notes=_notes(search, verdict, against),
+        notes=_notes(search, trial, against),
         pair=asdict(compared.pairs["winner"]),
         baselines=[baseline],
         recall=_recall(task, compared.measurements),

@@ -82,10 +82,14 @@ _STRUCTURE = "static", "prune", "share_weights", "prepare_qat", "quantize_embedd
 def _sizes(context: StepContext) -> dict:
     "How far layers, neurons and heads of the teacher can be cut."
     config = context.teacher.model.config
-    names = {"layers": "num_hidden_layers", "neurons": "intermediate_size"}
-    names["heads"] = "num_attention_heads"
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    names["neurons"] = "intermediate_size" if hasattr(config, "intermediate_size") else "hidden_dim"
     known = {option: getattr(config, name, None) for option, name in names.items()}
-    return {option: (max(1, most // 24), most) for option, most in known.items() if most}
+    ranges = {option: (max(1, most // 24), most) for option, most in known.items() if most}
+    if shared := getattr(config, "num_key_value_heads", None):  # heads with one key go together
+        group = known["heads"] // shared
+        if group > 1: ranges["heads"] = [*range(group, known["heads"] + 1, group)]
+    return ranges
 
 # %% ../../nbs/optimize/50_recipe.ipynb #03d485ee
 @register_step(
@@ -254,9 +258,10 @@ def _convert(
 def _large_stage(context: StepContext, runtime: str) -> Classifier:
     "The teacher in int8 in a runtime, converted once for all recipes of a search."
     if runtime == "none": return context.teacher
-    if runtime not in context.converted:
-        context.converted[runtime] = convert(context.teacher, runtime, "int8", context.task)
-    return context.converted[runtime]
+    key = runtime, context.task.fingerprint  # its texts give the ranges
+    if key not in context.converted:
+        context.converted[key] = convert(context.teacher, runtime, "int8", context.task)
+    return context.converted[key]
 
 
 @register_step(

@@ -97,7 +97,10 @@ class ConstrainedSearch:
         "The next trial: a new candidate, whose costs are not known yet, or one to train on."
         trusted = self._trusted(seconds_left)
         if trusted: return trusted, self._next(trusted)
-        if self.queue: return self._begun(Candidate(*self.queue.pop(0)))
+        while self.queue:
+            first = Candidate(*self.queue.pop(0))
+            needed = self.seconds(first.what, 0.0, self.rungs[0])
+            if needed <= seconds_left: return self._begun(first)
         promoted = self._last(seconds_left) or self._promoted(seconds_left)
         if promoted: return promoted, self._next(promoted)
         rng = np.random.default_rng([self.seed, len(self.candidates), self._n_drops()])
