@@ -16,7 +16,7 @@ from sklearn.calibration import calibration_curve
 from torch.nn import functional as F
 
 from ecomopt import Cascade, EcomoptError, artifact_info, convert, fit_cascade, quantize
-from ecomopt.accelerate.cascade import _threshold, calibration_error, deferral_table, fit_temperature
+from ecomopt.accelerate.cascade import _fewest, _threshold, calibration_error, deferral_table, fit_temperature
 from ecomopt.compress.distill import keep_layers
 from ecomopt.compress.static import static_model
 from ecomopt.core.artifact import disk_bytes, file_bytes, load, save
@@ -292,3 +292,22 @@ def test_cascades_of_other_stages_are_other_models(models):
     _, student, teacher = models
     first, second = (Cascade([student, replace(teacher, max_length=n)], [0.9]) for n in (64, 16))
     assert fingerprint(first) != fingerprint(second)
+
+
+def test_a_small_model_that_is_always_right_defers_as_many_as_asked_for():
+    z = torch.tensor([[4.0 + i / 100, 0.0] for i in range(50)])
+    assert fit_temperature(z, [0] * 50) == 1.0
+    confidence = z.softmax(1).max(1).values.numpy()
+    assert (confidence < _threshold(confidence, 10)).sum() == 10
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(2, 40), st.floats(0, 4))
+def test_the_fewest_are_those_of_the_table(seed, n, most):
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.randint(-3, 4, (n, 2), generator=generator).double()  # with equal confidences
+    large = torch.randn(n, 2, generator=generator)
+    labels = torch.randint(0, 2, (n,), generator=generator).numpy()
+    table = deferral_table(small, large, labels, n + 1)
+    broken = table.index[table["drop"] * n > most + 1e-9]
+    assert _fewest(small, large, labels, most) == (int(broken.max()) + 1 if len(broken) else 0)

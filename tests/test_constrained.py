@@ -154,3 +154,10 @@ def test_what_comes_first_is_left_out_if_there_is_no_time_for_it():
     def slow(what, before, after): return 100.0 if what == (0.5, 0.5) else 1.0
     search = ConstrainedSearch("ms", {}, 0.02, propose, slow, first=first)
     assert search.ask(50.0)[0].what == (0.6, 0.6) and not search.queue
+
+
+def test_what_is_being_trained_is_not_asked_for_again():
+    search, _ = run(300, {})
+    waiting = search.ask(1e6)[0]
+    other = search.ask(1e6, [waiting])
+    assert other[0] is not waiting

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import TrainerCallback
 
 from ecomopt import EcomoptError
+from ecomopt.accelerate import data_parallel
 from ecomopt.accelerate.data_parallel import ShardSampler, launch
 from ecomopt.core.artifact import load
 from ecomopt.core.data import Task
@@ -253,3 +255,8 @@ def test_a_port_in_use_is_said_at_once(shop):
         )
         messages = run.communicate(timeout=100)[1]
     assert run.returncode and "EADDRINUSE" in messages
+
+
+def test_a_process_that_died_before_the_wait_is_named_at_once(tmp_path):
+    ended = [SimpleNamespace(sentinel=None, exitcode=code) for code in (-9, 0)]
+    with pytest.raises(EcomoptError, match="died: SIGKILL"): data_parallel._wait(ended, 60, str(tmp_path))

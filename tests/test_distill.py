@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, Trainer
 
 from ecomopt import EcomoptError
 from ecomopt.compress import distill as module
+from ecomopt.compress.augment import Ensemble
 from ecomopt.compress.distill import (
     DistillationTrainer,
     attention_loss,
@@ -112,22 +113,20 @@ def test_one_batch_of_32_is_four_of_8(alpha):
     assert torch.allclose(one, four, atol=1e-6)
 
 
+def in_processes(n: int, folder: Path, kind: str) -> torch.Tensor:
+    """The weights of a student after a training under torchrun."""
+    folder.mkdir(exist_ok=True)
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run([*map(str, [*run, script, folder, kind])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(folder / "weights.safetensors")["weights"]
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     one = trained(arguments(24), teacher_model=tiny.classifier().model)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        Path(__file__).with_name("two_processes.py"),
-        tmp_path,
-    ]
-    done = subprocess.run([*map(str, launch)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = load_file(tmp_path / "weights.safetensors")["weights"]
-    assert torch.allclose(one, two, atol=1e-6)
+    assert torch.allclose(one, in_processes(2, tmp_path, "plain"), atol=1e-6)
 
 
 def taught(task):
@@ -387,3 +386,46 @@ def test_training_does_not_make_quantized_embeddings_larger():
     kinds = {name: x.dtype for name, x in start.model.named_buffers()}
     assert {name: x.dtype for name, x in module._trainable_copy(start).model.named_buffers()} == kinds
     assert torch.float16 in kinds.values()
+
+
+def test_padding_on_the_left_changes_nothing():
+    labels = torch.tensor([[-100, -100, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    logits = torch.randn(1, 5, 7)
+    z, y, real = module._flatten(logits, dict(labels=labels, attention_mask=mask))
+    bare, expected, all_real = module._flatten(logits[:, 2:], dict(labels=labels[:, 2:], attention_mask=mask[:, 2:]))
+    assert torch.equal(z[real], bare[all_real]) and torch.equal(y[real], expected[all_real])
+
+
+def test_texts_without_spaces_have_ngrams():
+    texts = ["这个手机很好用", "电池 two days 就坏了"]
+    made = ngram_augment(texts, 200, 0)
+    assert len(set(made)) > 20 and "这个手机" in "".join(made)
+    assert all(" " not in text for text in ngram_augment(texts[:1], 50, 0))
+
+
+def test_what_has_no_layers_and_no_attention_is_refused():
+    ensemble = Ensemble([tiny.classifier(), tiny.classifier(seed=1)])
+    with pytest.raises(EcomoptError, match="no list of"): distill(ensemble, tiny.task())
+    with pytest.raises(EcomoptError, match="Ensemble"): quantize(ensemble)
+    with pytest.raises(EcomoptError, match="no hidden states"):
+        distill(ensemble, tiny.task(), tiny.classifier(layers=1), hidden=1.0)
+
+
+def test_labels_are_not_smoothed_in_silence():
+    with pytest.raises(EcomoptError, match="smooth"):
+        distill(tiny.classifier(), tiny.task(), 1, label_smoothing_factor=0.1)
+
+
+@pytest.mark.slow
+def test_attention_is_matched_without_setting_an_implementation():
+    student, teacher = tiny.classifier(seed=1, layers=1), tiny.classifier()
+    given = dict(train_dataset=rows(student), data_collator=DataCollatorWithPadding(student.tokenizer))
+    DistillationTrainer(student.model, arguments(), teacher_model=teacher.model, attention=1.0, **given).train()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_two_processes_learn_the_projection_of_a_narrow_student(tmp_path):
+    one, two = (in_processes(n, tmp_path / str(n), "narrow") for n in (1, 2))
+    assert torch.allclose(one, two, atol=1e-5)

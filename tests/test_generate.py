@@ -203,3 +203,13 @@ def test_a_gguf_file_is_read_once_wherever_it_lies(monkeypatch, tmp_path):
     assert again.encode(["Hello, 12.50!"], chat=True) == lm.encode(["Hello, 12.50!"], chat=True)
     with copied.open("ab") as file: file.write(b"x")
     with pytest.raises(EcomoptError, match="read again"): load_language_model(copied)
+
+
+def test_weights_in_safetensors_come_before_gguf(tmp_path):
+    folder = tiny.written(tiny.language_model(), tmp_path / "model")
+    (folder / "other-Q4.gguf").write_bytes(b"not read")
+    assert len(load_language_model(folder).generate(["good"], 3)) == 1
+    lonely = tmp_path / "two"
+    lonely.mkdir()
+    for name in ("a.gguf", "b.gguf"): (lonely / name).write_bytes(b"")
+    with pytest.raises(EcomoptError, match=r"several models: a.gguf, b.gguf"): load_language_model(lonely)

@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -613,3 +615,12 @@ def test_a_generated_file_gives_its_rows_or_an_error(tmp_path_factory, file):
         assert not (is_sound and acceptable(rows)), str(error)
         return
     assert is_sound and rows_of(task) == sorted((text, label.strip()) for text, label in rows)
+
+
+def test_the_fingerprint_knows_what_a_function_of_a_module_does(monkeypatch):
+    def made(points: float) -> str:
+        module = ModuleType("shop_metric")
+        monkeypatch.setitem(sys.modules, "shop_metric", module)
+        exec(f"def cost(labels, predictions): return {points}", module.__dict__)  # noqa: S102
+        return replace(tiny.task(), metric=module.cost).fingerprint
+    assert made(1.0) == made(1.0) != made(0.5)

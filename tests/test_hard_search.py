@@ -562,7 +562,7 @@ def test_a_full_disk_loses_no_trial(tmp_path, monkeypatch, n_jobs, room):
     disk.lines = 99
     trials = run(counted, searcher, 9, journal=journal, n_jobs=n_jobs)
     assert [trial.params for trial in trials] == whole
-    if room > 1: assert len(calls_made) == 9
+    assert len(calls_made) == 9
     assert run(never, journal=journal, n_trials=9) == trials
 
 
@@ -898,3 +898,10 @@ def test_an_error_that_says_what_to_do_or_points_inside(data, space):
             assert error.what and error.where and error.do
             event(f"refused: {error.where.split()[0]}")
         else: event("searched")
+
+
+def test_a_new_journal_takes_what_the_searcher_has_evaluated(tmp_path):
+    searcher = RandomSearch(SPACE)
+    first = run(searcher=searcher, n_trials=4)
+    trials = run(searcher=searcher, n_trials=6, journal=tmp_path / "journal")
+    assert trials[:4] == first and run(never, journal=tmp_path / "journal", n_trials=6) == trials

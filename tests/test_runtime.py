@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import openvino
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -133,7 +134,7 @@ def test_a_mask_is_optional(small, made):
 
 
 def test_bfloat16_is_not_emulated(small, monkeypatch):
-    monkeypatch.setattr(runtime, "supports_bfloat16", lambda: False)
+    monkeypatch.setattr(runtime, "supports_precision", lambda precision, device: False)
     for name in runtime.RUNTIMES:
         with pytest.raises(EcomoptError, match="does not compute in bfloat16"): convert(small, name, "bfloat16")
 
@@ -251,3 +252,13 @@ def test_best_runtime_refuses(small, wrong):
         assert "abacus" in choice.table.iloc[1]["note"]
     else:
         with pytest.raises(EcomoptError): best_runtime(small, tiny.task(), **wrong)
+
+
+def test_only_what_is_slow_in_batches_and_alone_is_dropped(monkeypatch):
+    rates = {runtime._BASELINE: 100.0, "slow": 40.0, "fast alone": 40.0}
+    ms = {runtime._BASELINE: 10.0, "slow": 30.0, "fast alone": 5.0}
+    timed = pd.concat({"sentences/s": pd.DataFrame([rates]), "p50 ms": pd.DataFrame([ms])}, axis=1)
+    monkeypatch.setattr(runtime, "time_interleaved", lambda *arguments: (timed, None))
+    models, failed = dict.fromkeys(rates), {}
+    runtime._drop_slow(models, failed, ["good"])
+    assert [*models] == [runtime._BASELINE, "fast alone"] and [*failed] == ["slow"]

@@ -6,6 +6,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import runtime_llm
@@ -118,3 +119,13 @@ def test_bad_input(lm, converted, monkeypatch):
     with pytest.raises(EcomoptError): convert_language_model(lm, bits=3)
     monkeypatch.setattr(runtime_llm, "_make", lambda *arguments: time.sleep(30))
     with pytest.raises(EcomoptError, match="longer than 0.2 s"): convert_language_model(lm, 32, timeout=0.2)
+
+
+def test_a_cache_with_a_window_is_not_cut(monkeypatch):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = MistralConfig(vocab_size=12, num_key_value_heads=2, sliding_window=4, pad_token_id=0, **sizes)
+    model = MistralForCausalLM(config).eval()
+    ids = [1, 2, 3, 1, 2, 3, 1, 2]
+    found, _ = prompt_lookup_decoding(model, ids, 12)
+    assert found == greedy_decoding(model, [ids], 12)[0]

@@ -510,7 +510,8 @@ def test_a_token_guards_answers_and_metrics(paths):
                 assert httpx.get(server.url + path, headers=headers).status_code == 401
         headers = {"Authorization": "Bearer s3cret"}
         assert server.post({"texts": "good"}, headers=headers).status_code == 200
-        assert httpx.get(f"{server.url}/metrics", headers=headers).status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics", headers=headers)
+        assert metrics.status_code == 200 and 'requests_total{status="401"} 18.0' in metrics.text
 
 
 # ---------------------------------------------------------------- the page in a browser

@@ -129,7 +129,7 @@ def test_a_benchmark_says_who_wins_and_survives_what_it_does_not_know(tmp_path):
             {"model": "words", "× throughput": None, "retained": None, "MB": None}]
     text = pages.answer(pages.QUESTIONS["compress"], rows)
     assert text.startswith("**ours <int8>: 11.7** times the throughput of the float32 teacher, "
-                           "before teacher with 1.00. It keeps 97.1% of the teacher's accuracy and has 5.12 MB.")
+                           "ahead of teacher with 1.00. It keeps 97.1% of the teacher's accuracy and has 5.12 MB.")
     assert "ours &lt;int8&gt;" in text and text.count("<rect") == 2
     (tmp_path / "new.json").write_text(json.dumps({"name": "new", "table": [{"what": "x", "n": None}], "date": "2026"}))
     made = pages.benchmarks([tmp_path / "new.json"])

@@ -1,14 +1,20 @@
 """Fine-tuning: the cache, the seeds, the class around a model."""
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from sklearn.utils.class_weight import compute_class_weight
+from tokenizers import normalizers, processors
+from transformers import TrainerCallback, TrainingArguments
 
 from ecomopt import EcomoptError
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core import train
+from ecomopt.core.artifact import load, save
 from ecomopt.core.pretrained import _padded
 from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
@@ -146,3 +152,47 @@ def test_a_pruned_model_saved_without_its_shapes_is_refused(tmp_path):
 
 def test_a_head_of_other_classes_is_made_anew(checkpoint):
     assert load_model(checkpoint, ("a", "b", "c")).logits(["good"]).shape == (1, 3)
+
+
+def test_the_fingerprint_knows_how_texts_are_split_and_cut():
+    def changed(change) -> str:
+        model = tiny.classifier()
+        change(model.tokenizer)
+        return fingerprint(model)
+    def lower(tokenizer): tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    def left(tokenizer): tokenizer.truncation_side = "left"
+    def called(tokenizer): tokenizer(["good", "good good"], truncation=True, padding=True, max_length=4)
+    plain = changed(lambda tokenizer: None)
+    assert len({plain, changed(lower), changed(left)}) == 3 and changed(called) == plain
+
+
+def test_a_model_is_the_same_after_it_was_saved(tmp_path):
+    model = tiny.classifier()
+    assert fingerprint(load(save(model, tmp_path / "model"))) == fingerprint(model)
+
+
+def test_an_empty_text_has_a_token_whatever_the_tokenizer(checkpoint):
+    model = tiny.classifier()
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert model.encode(["", "good"])[0] == [model.tokenizer.pad_token_id]
+    assert model.logits(["", "good"]).isfinite().all() and len(model.predict([""])) == 1
+
+
+def test_class_weights_of_scikit_learn(checkpoint):
+    task = tiny.task()
+    weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=np.array(task.train["label"]))
+    assert train._class_weights(list(task.train["label"]), 2, weights) == pytest.approx([1, 1], abs=0.2)
+    with pytest.raises(EcomoptError, match="number 2 has no text"):
+        train._class_weights([0, 1, 1], 3, "balanced")
+
+
+def test_the_best_epoch_needs_texts_to_choose_by(checkpoint):
+    task = tiny.task()
+    with pytest.raises(EcomoptError, match="valid split is empty"):
+        finetune(checkpoint, replace(task, valid=task.valid.select([])), epochs=1, select_best=True)
+
+
+def test_several_gpus_do_not_make_a_batch_larger(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu") or 4))
+    args = training_arguments(1, 1e-3, 32, 0)
+    assert args._n_gpu == 1 and args.train_batch_size == 32

@@ -243,6 +243,7 @@ def test_texts_without_labels_bound_the_drop_by_disagreement():
     alone, helped = (noninferiority(teacher, teacher, task, unlabelled=more) for more in (None, texts))
     assert alone.upper > 0.1 and helped.outcome == "met"
     assert helped.upper == pytest.approx(1 - 0.025 ** (1 / 1000))  # Clopper and Pearson, nothing seen
+    assert "(95 %)" in str(helped), "the union of two bounds of 97.5 %"
     differ = noninferiority(teacher, other, task, unlabelled=texts)
     assert differ.upper >= differ.drop
     flips = int((teacher.logits(texts).argmax(1) != other.logits(texts).argmax(1)).sum())
@@ -297,3 +298,8 @@ def test_an_interval_of_seeds_and_sentences():
 @pytest.mark.parametrize("wrong", [[0, 1], [[0, 1]], [[0], [1]], [[0, 1], [1, math.nan]], [[]]])
 def test_too_few_outcomes(wrong):
     with pytest.raises(EcomoptError): mean_interval(wrong)
+
+
+def test_the_confidence_is_said():
+    answers = np.array([0, 1] * 50)
+    assert "(80 %)" in str(noninferiority_test(answers, answers, answers, confidence=0.8))

@@ -92,14 +92,23 @@ class Answered(Ensemble):
         return torch.stack([teacher_logits(member, list(texts)) for member in self.members]).mean(0)
 
 
-def student(name: str, seed: int) -> Classifier:
-    """Ours, in float: cut from its teacher, embeddings of few bits, taught by the mean of some teachers."""
+def start(name: str, seed: int) -> Classifier:
+    """What a student of ours is before it is taught: cut from its teacher, embeddings of few bits."""
     sizes, least, bits = STUDENTS[name]
     texts = [word for word, count in words().items() if count >= least]
     options = dict(texts=texts, first_token=True, importance="taylor", task=task())
-    start = quantize(prune_structured(teacher(seed), **sizes, **options), bits, linear=False)
-    mean = Answered([teacher((seed + i) % len(SEEDS)) for i in range(MEMBERS)])
-    return distill(mean, lessons(), start, epochs=EPOCHS, learning_rate=2e-4, seed=seed, bf16=True)
+    return quantize(prune_structured(teacher(seed), **sizes, **options), bits, linear=False)
+
+
+def taught(by: Classifier, name: str, seed: int) -> Classifier:
+    """A student of ours, in float, with the answers of a teacher."""
+    options = dict(epochs=EPOCHS, learning_rate=2e-4, seed=seed, bf16=True)
+    return distill(by, lessons(), start(name, seed), **options)
+
+
+def student(name: str, seed: int) -> Classifier:
+    """Ours, taught by the mean of some teachers."""
+    return taught(Answered([teacher((seed + i) % len(SEEDS)) for i in range(MEMBERS)]), name, seed)
 
 
 def artifact(classifier: Classifier) -> tuple[Classifier, int]:

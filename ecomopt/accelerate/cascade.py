@@ -33,11 +33,12 @@ def fit_temperature(
     if z.ndim != 2 or not len(z) or len(y) != len(z):
         what = f"Logits {list(z.shape)} do not fit {len(y)} labels."
         raise EcomoptError(what, "fit_temperature", "Pass [n, C] and n labels, n above 0.")
+    if (z.argmax(1) == y).all(): return 1.0  # the lower, the better: nothing to find
     def nll(log_t): return F.cross_entropy(z / np.exp(log_t), y).item()
     options = dict(bounds=np.log([0.05, 100]), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(minimize_scalar(nll, **options).x))
 
-
+# %% ../../nbs/accelerate/36_cascade.ipynb #7c55be10
 def calibration_error(
     logits: torch.Tensor,   # [n, C]
     labels: Sequence[int],  # class numbers [n]
@@ -193,6 +194,17 @@ def _threshold(confidence: np.ndarray, deferred: int) -> float:
     middle = float((ordered[deferred - 1] + ordered[deferred]) / 2)
     return min(middle, float(np.nextafter(np.float32(1), np.float32(0))))  # 1 would defer all
 
+
+def _fewest(small: torch.Tensor, large: torch.Tensor, labels: np.ndarray, most: float) -> int:
+    "The fewest texts to defer, so that at most so many answers are lost from there on."
+    confidence, first = (x.numpy() for x in torch.as_tensor(small).softmax(1).max(1))
+    lost = (large.argmax(1).numpy() == labels).astype(int) - (first == labels)
+    order = np.argsort(confidence, kind="stable")
+    kept = np.cumsum(lost[order][::-1])[::-1]  # lost if all from there on are answered by the small
+    same = np.searchsorted(confidence[order], confidence[order])  # equal ones stay together
+    broken = np.flatnonzero(kept[same] > most + 1e-9)
+    return int(broken.max()) + 1 if len(broken) else 0
+
 # %% ../../nbs/accelerate/36_cascade.ipynb #cd190455
 def deferral_table(
     small: torch.Tensor,    # logits of the small model [n, C], divided by its temperature
@@ -273,10 +285,3 @@ def _fraction(value: float, name: str) -> float:
     "Raise unless a number is a fraction."
     if isinstance(value, (int, float)) and 0 <= value <= 1: return float(value)
     raise EcomoptError(f"{name} is {value!r}.", "fit_cascade", "Give a number from 0 to 1.")
-
-
-def _fewest(small: torch.Tensor, large: torch.Tensor, labels: np.ndarray, most: float) -> int:
-    "The fewest texts to defer, so that at most so many answers are lost from there on."
-    table = deferral_table(small, large, labels, len(labels) + 1)
-    broken = table.index[table["drop"] * len(labels) > most + 1e-9]
-    return int(broken.max()) + 1 if len(broken) else 0

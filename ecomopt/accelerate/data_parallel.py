@@ -77,13 +77,15 @@ def _failure(exits: list[int | None], folder: str) -> EcomoptError:
 def _wait(crew: list, timeout: float, folder: str) -> None:
     "Wait until all processes have finished, one has failed, or time is up."
     end = monotonic() + timeout
-    while running := [process.sentinel for process in crew if process.exitcode is None]:
+    while True:
+        running = [process.sentinel for process in crew if process.exitcode is None]
+        if any(process.exitcode for process in crew):
+            if running: wait(running, 0.5)  # so that it is known of each whether it died or failed
+            raise _failure([process.exitcode for process in crew], folder)
+        if not running: return
         if not wait(running, max(0, end - monotonic())):
             what = f"{len(running)} of {len(crew)} processes did not finish in {timeout} seconds."
             raise EcomoptError(what, "launch", "See what they wait for, or give a longer timeout.")
-        if any(process.exitcode for process in crew):
-            wait(running, 0.5)  # so that it is known of each whether it died or failed
-            raise _failure([process.exitcode for process in crew], folder)
 
 # %% ../../nbs/accelerate/31_data_parallel.ipynb #743f0d6b
 def _forkserver() -> multiprocessing.context.BaseContext:

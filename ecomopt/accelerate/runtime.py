@@ -38,6 +38,7 @@ import ctypes
 from weakref import WeakSet
 
 from .. import EcomoptError
+from .precision import supports_precision
 from ecomopt.compress.quantize import (
     Int8Linear,
     QuantizedEmbedding,
@@ -57,7 +58,7 @@ from ecomopt.core.checks import (
 from ..core.data import Task
 from ..core.measure import count_macs, count_parameters, time_interleaved
 from ..core.pretrained import _max_positions
-from ..core.train import Classifier, _check_classifier, supports_bfloat16
+from ..core.train import Classifier, _check_classifier
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #7666f8df
 RUNTIMES = {  # the packages that it needs: the first one to run, all of them to convert
@@ -485,10 +486,10 @@ _GRAPHS = {  # how a runtime's files are written and opened
 }
 
 
-def _calibration(texts: Task | Iterable[str] | None, most: int = 300) -> list[str]:
-    "Calibration texts; of a task, some of its train split."
-    if isinstance(texts, Task): return texts.train.shuffle(seed=0)["text"][:most]
-    return _text_rows([] if texts is None else texts, "calibration_texts")[:most]
+def _calibration(texts: Task | Iterable[str] | None) -> list[str]:
+    "Calibration texts, 300 at most; of a task, some of its train split."
+    if isinstance(texts, Task): return texts.train.shuffle(seed=0)["text"][:300]
+    return _text_rows([] if texts is None else texts, "calibration_texts")[:300]
 
 
 def _examples(classifier: Classifier, texts: list[str]) -> list[dict]:
@@ -591,6 +592,7 @@ def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
     def work():
         try: answer.put((call(*arguments), None))
         except Exception as error: answer.put((None, error))
+        except BaseException as error: answer.put((None, RuntimeError(str(error))))  # Rust's panic
 
     Thread(target=work, daemon=True).start()
     try: result, error = answer.get(timeout=seconds)
@@ -599,7 +601,7 @@ def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
     return result
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #a4d19111
-def _check_names(runtime: str, precision: str) -> None:
+def _check_names(runtime: str, precision: str, device: str) -> None:
     "Raise for a runtime or precision that is unknown or not available here."
     known = ("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)
     for name, value, names in known:
@@ -607,9 +609,9 @@ def _check_names(runtime: str, precision: str) -> None:
         do = f"Give one of {', '.join(names)}."
         raise EcomoptError(f"There is no {name} {value!r}.", f"argument {name}", do)
     _require(RUNTIMES[runtime], runtime)
-    if precision == "bfloat16" and not supports_bfloat16():
+    if precision == "bfloat16" and not supports_precision(precision, device):
         do = "Choose float32 or int8; bfloat16 would only be emulated, slowly."
-        raise EcomoptError("This CPU does not compute in bfloat16.", "argument precision", do)
+        raise EcomoptError(f"This {device} does not compute in bfloat16.", "argument precision", do)
 
 
 def _check_choice(task: Task, by: str, min_agreement: float, rounds: int) -> int:
@@ -634,8 +636,8 @@ def convert(
     timeout: float = 600,       # seconds
 ) -> Classifier:                # to use, measure, save and load; it cannot be changed any more
     "Convert a finished classifier for a runtime."
-    _check_names(runtime, precision)
     _check_model(classifier)
+    _check_names(runtime, precision, classifier.model.device.type)
     timeout = _positive_number(timeout, "timeout")
     texts = _calibration(calibration_texts)
     if (runtime, precision) == ("openvino", "int8") and not texts:
@@ -686,9 +688,10 @@ def _all_variants(classifier: Classifier, task: Task, names: Iterable, timeout: 
 
 
 def _drop_slow(models: dict, failed: dict, texts: list[str]) -> None:
-    "Drop what is not half as fast as the baseline in one round: to measure it could take hours."
-    rates = time_interleaved(models, texts, 1, 1, 32, 0)[0]["sentences/s"].loc[0]
-    for name, ratio in (rates / rates[_BASELINE]).items():
+    "Drop what is not half as fast as the baseline, in batches nor alone: it could take hours."
+    first, _ = time_interleaved(models, texts, 1, 3, 32, 0)
+    rates, ms = first["sentences/s"].loc[0], first["p50 ms"].loc[0]
+    for name, ratio in np.maximum(rates / rates[_BASELINE], ms[_BASELINE] / ms).items():
         if ratio < 0.5:
             del models[name]
             failed[name] = f"{ratio:.2f} × {_BASELINE} in a first round, not measured further"

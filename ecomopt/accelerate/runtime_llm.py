@@ -84,6 +84,13 @@ def _check_decoding(model: PreTrainedModel, ids: list[int], new: int, ngram: int
     _whole_number(k, "num_draft_tokens", 0)
     _check_prompts(model, [ids], _whole_number(new, "max_new_tokens", 0))
 
+
+def _can_forget(model: PreTrainedModel, length: int) -> bool:
+    "Whether a KV cache of so many tokens can drop its last ones: a full one, no window or state."
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or math.inf
+    return length < window and "linear_attention" not in (getattr(config, "layer_types", 0) or ())
+
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #70d43d36
 @torch.inference_mode()
 def prompt_lookup_decoding(
@@ -92,10 +99,11 @@ def prompt_lookup_decoding(
     max_new_tokens: int,        # the most to generate
     stop: Sequence[int] = (),   # tokens that end a text
     ngram_size: int = 3,        # as for `prompt_lookup`
-    num_draft_tokens: int = 8,  # as for `prompt_lookup`; 0 is greedy decoding
+    num_draft_tokens: int = 8,  # as for `prompt_lookup`; 0 is greedy decoding, as with a window
 ) -> tuple[list[int], int]:     # the new tokens, without a stop token; calls of the model
     "Greedy decoding with draft tokens (Leviathan, Kalman and Matias 2023)."
     _check_decoding(model, ids, max_new_tokens, ngram_size, num_draft_tokens)
+    if not _can_forget(model, len(ids) + max_new_tokens): num_draft_tokens = 0
     tokens, new, cache, calls = list(ids), list(ids), None, 0
     while (left := max_new_tokens - len(tokens) + len(ids)) > 0:
         k = min(num_draft_tokens, left - 1)
@@ -254,11 +262,10 @@ class Generation:
     length: int      # tokens in it so far
 
     def crop(self,
-        max_length: int,  # tokens to keep; negative: tokens to forget at the end
+        max_length: int,  # below 0: tokens to forget at the end
     ) -> None:
         "Forget the last tokens, as `DynamicCache.crop` does."
-        n = -max_length if max_length < 0 else self.length - max_length
-        if n > 0: self.cache.crop(n)
+        self.cache.crop(-max_length)
         self.length = self.cache.length
 
 # %% ../../nbs/accelerate/35_runtime_llm.ipynb #2a69a1f4

@@ -30,7 +30,13 @@ from transformers import (
 # %% ../../nbs/compress/28_augment.ipynb #4debe362
 from .. import EcomoptError
 from ..core.assets import cached
-from ..core.checks import _CJK, _positive_number, _text_rows, _whole_number
+from ecomopt.core.checks import (
+    _CJK,
+    _check_one_process,
+    _positive_number,
+    _text_rows,
+    _whole_number,
+)
 from ..core.data import normalize
 from ..core.generate import LanguageModel
 from ..core.pretrained import _token_ids, _tokenizing
@@ -119,6 +125,7 @@ def masked_language_model(
     sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32)
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * width, **sizes)
     args = training_arguments(epochs, 5e-4, 32, seed)
+    _check_one_process("A masked language model")
     def train(folder):
         set_seed(seed)
         rows = Dataset.from_dict({"input_ids": _token_ids(tokenizer, texts, 64)})
@@ -154,6 +161,7 @@ def mask_augment(
     p: float = 0.4,                      # probability that a token is replaced, 0…1
     k: int = 15,                         # of the k most probable tokens one is drawn
     seed: int = 0,                       # of the random choices
+    max_length: int = 64,                # longer texts are cut here (tokens)
 ) -> list[str]:                          # n texts without labels
     "Replace tokens by others that fit (TinyBERT; Jiao et al. 2020)."
     texts = _maskable(texts, tokenizer, "mask_augment")
@@ -161,7 +169,7 @@ def mask_augment(
     generator = torch.Generator().manual_seed(_whole_number(seed, "seed", 0))
     chosen = random.Random(seed).choices(texts, k=_whole_number(n, "n"))
     result: list[str] = []
-    options = dict(truncation=True, max_length=64, padding=True, return_tensors="pt")
+    options = dict(truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     for start in range(0, n, 64):
         with _tokenizing: batch = tokenizer(chosen[start:start + 64], **options)
         ids = _replaced(batch, model, tokenizer, p, _whole_number(k, "k"), generator)
@@ -231,6 +239,8 @@ def generate_augment(
     if not lm.stop: raise EcomoptError("No token ends a text.", where, "Use another tokenizer.")
     options = dict(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
     key = dict(model=fingerprint(lm), texts=_digest(texts), held_out=_digest(held_out), n=n)
+    key["generation"] = lm.model.generation_config.to_json_string()
+    _check_one_process("The generation of text")
     def build(folder): _generate(folder, texts, n, lm, held_out, **options)
     with _training: path = cached("generated", key | options, build) / "texts.json"
     return json.loads(path.read_text(encoding="utf-8"))

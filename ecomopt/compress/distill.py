@@ -93,6 +93,10 @@ def _check_loss(temperature: float, alpha: float, **weights: float) -> None:
 
 def _loss_arguments(temperature: float, alpha: float, others: dict) -> dict:
     "The arguments of the loss, checked; those among the others are taken out of them."
+    if others.get("label_smoothing_factor"):
+        what = "The losses of distillation do not smooth labels."
+        do = "Leave it out, or raise temperature."
+        raise EcomoptError(what, "argument label_smoothing_factor", do)
     weights = {name: others.pop(name, 0.0) for name in ("hidden", "cosine", "attention")}
     _check_loss(temperature, alpha, **weights)
     reverse = others.pop("reverse", False)
@@ -107,7 +111,8 @@ def _flatten(
     if labels.dim() == 1: return logits, labels, torch.ones_like(labels, dtype=torch.bool)
     mask = inputs.get("attention_mask", torch.ones_like(labels)).bool()
     # a language model predicts the next token
-    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), mask[:, 1:].flatten()
+    real = mask[:, 1:] & mask[:, :-1]  # neither the next token nor the last one is padding
+    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), real.flatten()
 
 
 def _attention_mask(inputs: dict) -> torch.Tensor:
@@ -180,6 +185,10 @@ class DistillationTrainer(Trainer):
         }
         self._output_flags = {name: True for name, weight in wanted.items() if weight}
         if not self._output_flags: return
+        for model in (self.model, self.teacher_model) if weights["attention"] else ():
+            model.set_attn_implementation("eager")  # the others do not return the attention
+        if self.args.ddp_find_unused_parameters is None:  # the projection is used after `forward`
+            self.accelerator.ddp_handler.find_unused_parameters = False
         d_s, d_t = (m.config.hidden_size for m in (self.model, self.teacher_model))
         self.projection = nn.Identity()
         if d_s != d_t: self.projection = nn.Linear(d_s, d_t, bias=False, device=self.args.device)
@@ -255,7 +264,7 @@ def transformer_layers(
 ) -> nn.ModuleList:          # the list itself, not a copy
     "Find the list of a model's layers."
     total = model.config.num_hidden_layers
-    for module in model.base_model.modules():
+    for module in getattr(model, "base_model", nn.Identity()).modules():
         if isinstance(module, nn.ModuleList) and len(module) == total: return module
     what = f"{type(model).__name__} has no list of {total} layers."
     do = "Use a model whose layers are one ModuleList."
@@ -307,6 +316,7 @@ def keep_layers(
 
 # %% ../../nbs/compress/20_distill.ipynb #6b948033
 import random
+import re
 from functools import partial
 from pathlib import Path
 from zlib import crc32
@@ -317,6 +327,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from ..core.artifact import _check_reloads, load, save
 from ..core.assets import cached
+from ..core.checks import _CJK
 from ..core.data import Task
 from ecomopt.core.train import (
     _cached_training,
@@ -361,14 +372,19 @@ def teacher_logits(
     return torch.cat(parts)
 
 # %% ../../nbs/compress/20_distill.ipynb #c6c5a36a
+def _split(text: str) -> list[str]:
+    "The words of a text; a Chinese or Japanese character is one."
+    return [w for part in text.split() for w in re.findall(rf"[{_CJK}]|[^{_CJK}]+", part)]
+
+
 def ngram_augment(
-    texts: Sequence[str],  # sentences, words apart by spaces
+    texts: Sequence[str],  # sentences; a Chinese or Japanese character counts as a word
     n: int,                # how many augmented texts to make
     seed: int = 0,         # of the random choices
 ) -> list[str]:            # n texts in the words of `texts`, without labels
     "Sample n-grams (after Tang et al. 2019), and join two of five to another."
     random_state = random.Random(seed)
-    words = [text.split() for text in texts]
+    words = [_split(text) for text in texts]
     def ngram():
         sentence = random_state.choice(words)
         length = random_state.randint(min(3, len(sentence)), len(sentence))
@@ -377,7 +393,8 @@ def ngram_augment(
     def text():
         first = ngram()
         return first + (ngram() if random_state.random() < 0.4 else [])
-    return [" ".join(text()) for _ in range(n)]
+    joined = (" ".join(text()) for _ in range(n))
+    return [re.sub(rf"(?<=[{_CJK}]) (?=[{_CJK}])", "", one) for one in joined]
 
 # %% ../../nbs/compress/20_distill.ipynb #634f8310
 def _training_texts(task: Task, augment: int, seed: int) -> tuple[list[str], list[int]]:
@@ -422,9 +439,9 @@ def _matchable_teacher(teacher: Classifier, student: Classifier) -> PreTrainedMo
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         what = "Teacher and student split texts into different tokens."
         raise EcomoptError(what, "distill", "Leave hidden, cosine and attention at 0.")
-    model = copy.deepcopy(teacher.model)
-    model.set_attn_implementation("eager")  # the others do not return the attention
-    return model
+    if isinstance(teacher.model, PreTrainedModel): return copy.deepcopy(teacher.model)
+    what = f"A {type(teacher.model).__name__} shows no hidden states and no attention."
+    raise EcomoptError(what, "distill", "Leave hidden, cosine and attention at 0.")
 
 # %% ../../nbs/compress/20_distill.ipynb #3cf18777
 def _train(

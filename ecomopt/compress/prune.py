@@ -47,6 +47,7 @@ class _Step:
         "StaticLinear": "calibrate",
         "ConvertedModel": "convert",
         "CascadeModel": "fit_cascade",
+        "EnsembleModel": "Ensemble",
     }
 
     def __init__(self,

@@ -270,7 +270,7 @@ def _check(bits: int | None, embedding_bits: int | None, group: int | None, init
     _check_init(init)
 
 # %% ../../nbs/compress/24_share.ipynb #662b171e
-_BEFORE = set(_Step.made_by.values()) - {"prepare_qat", "convert", "fit_cascade"}
+_BEFORE = set(_Step.made_by.values()) - {"prepare_qat", "convert", "fit_cascade", "Ensemble"}
 _STEP = _Step("share_weights", "share", *_BEFORE)
 
 

@@ -365,7 +365,8 @@ class Task:
         rows = {split: getattr(self, split).to_dict() for split in _SPLITS}
         if self.tests: rows["tests"] = {name: part.to_dict() for name, part in self.tests.items()}
         metric = self.metric
-        if not isinstance(metric, str): metric = fingerprint.Hasher.hash(metric)
+        if not isinstance(metric, str):  # a function by its name and what it does
+            metric = fingerprint.Hasher.hash([metric, getattr(metric, "__code__", None)])
         content = json.dumps([self.labels, metric, rows])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -195,7 +195,10 @@ def _checkpoint(name: str | Path) -> str | Path:
     "Where the checkpoint of a model is: its directory, its hub id, or in the cache."
     path = Path(fetch(name) if isinstance(name, str) and name in ASSETS else name).expanduser()
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if not files: return path if path.exists() else name
+    if not files or any(path.glob("*.safetensors")): return path if path.exists() else name
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise EcomoptError(f"There are several models: {names}.", str(path), "Name one file.")
     return cached("gguf", {"file": _sha256(files[0])}, partial(_read_gguf, files[0]))
 
 
@@ -231,7 +234,7 @@ def load_language_model(
         raise EcomoptError(
             f"The model cannot be loaded: {_first_line(error)}",
             where,
-            f"Name one of {', '.join(_known_models())}, a directory, a GGUF file or a hub id.",
+            f"Name {' or '.join(_known_models(('.gguf',)))}, a directory, a GGUF file or a hub id.",
         ) from error
     return LanguageModel(model.eval(), tokenizer, max_length)
 

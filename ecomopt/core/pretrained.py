@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/03_pretrained.ipynb #ff6c29c3
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -170,6 +171,14 @@ def _check_finite(logits: torch.Tensor) -> torch.Tensor:
     what = f"The logits of row {wrong[0]} are not finite."
     do = "Look for NaN or very large weights or scales; make the model again."
     raise EcomoptError(what, "the model", do)
+
+# %% ../../nbs/core/03_pretrained.ipynb #a90b7c3e
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> list:
+    "How a tokenizer splits and cuts texts, and its vocabulary."
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else {"words": tokenizer.get_vocab()}
+    for changed_by_a_call in ("truncation", "padding"): rules.pop(changed_by_a_call, None)
+    return [rules, tokenizer.truncation_side, tokenizer.padding_side]
 
 # %% ../../nbs/core/03_pretrained.ipynb #9bdf3804
 def _check_known_words(

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import EcomoptError
+from .. import EcomoptError, __version__
 from . import pretrained
 from .assets import ASSETS, _user_path, cache_dir, cached, fetch
 from .checks import _first_line, _positive_number, _text_rows, _unknown, _whole_number
@@ -56,7 +56,8 @@ class Classifier:
         texts: Sequence[str],  # any number of texts
     ) -> list[list[int]]:      # a list of token ids for each text
         "Turn texts into token ids, each list at most `max_length` long."
-        return pretrained._token_ids(self.tokenizer, texts, self.max_length)
+        ids = pretrained._token_ids(self.tokenizer, texts, self.max_length)
+        return [row or [self.tokenizer.pad_token_id or 0] for row in ids]  # never no token
 
     @torch.inference_mode()
     def logits(
@@ -97,9 +98,10 @@ def _check_classifier(classifier: object, argument: str) -> None:
     raise EcomoptError(what, f"argument {argument}", do)
 
 
-def _known_models() -> list[str]:
-    "The assets that are models."
-    return [name for name, asset in ASSETS.items() if asset.kind == "model"]
+def _known_models(suffix: tuple = (".safetensors", ".onnx")) -> list[str]:
+    "The assets that are models, of these kinds of files."
+    models = [(name, asset.files) for name, asset in ASSETS.items() if asset.kind == "model"]
+    return [name for name, files in models if any(file.endswith(suffix) for file in files)]
 
 
 def _asset_path(name: str) -> Path:
@@ -195,15 +197,16 @@ def _tensor_hash(tensor: torch.Tensor) -> str:
 def fingerprint(
     classifier: Classifier,  # the model to identify
 ) -> str:                    # 16 hexadecimal digits
-    "Identify a model by its configuration, vocabulary, special modules and all its weights."
+    "Identify a model by its configuration, tokenizer, special modules and all its weights."
     model, tokenizer = classifier.model, classifier.tokenizer
     tensors = {name: _tensor_hash(tensor) for name, tensor in model.state_dict().items()}
     modules = [(name, m) for name, m in model.named_modules() if hasattr(m, "spec")]
     special = [(name, type(m).__name__, m.spec()) for name, m in modules]
-    config, vocabulary = model.config.to_json_string(), tokenizer.get_vocab()
+    config = model.config.to_json_string()
+    words = pretrained._tokenizer_rules(tokenizer)
     parts = getattr(classifier, "members", getattr(classifier, "stages", ()))  # have their own
     parts = map(fingerprint, parts)
-    return _digest([config, vocabulary, classifier.max_length, special, tensors, *parts])
+    return _digest([config, words, classifier.max_length, special, tensors, *parts])
 
 # %% ../../nbs/core/12_train.ipynb #f06d4314
 def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:
@@ -257,10 +260,12 @@ def training_arguments(
     defaults = _default_arguments()
     if processes > 1:  # batch_size is that of all processes together
         defaults["accelerator_config"] = {"split_batches": True}
-    try: return TrainingArguments(**{**defaults, **numbers, **others})
+    try: args = TrainingArguments(**{**defaults, **numbers, **others})
     except (ValueError, TypeError) as error:
         what = f"The training cannot be set up: {_first_line(error)}"
         raise EcomoptError(what, "TrainingArguments", "Correct this argument.") from error
+    if args.n_gpu > 1: args._n_gpu = 1  # several GPUs are for torchrun: a batch stays a batch
+    return args
 
 # %% ../../nbs/core/12_train.ipynb #6c109717
 def tokenized(
@@ -334,10 +339,13 @@ def _cached_training(
 ) -> Path:
     "Find a finished training, resume one that was killed, or start it; in one or many processes."
     key = dict(key, args=_training_config(args, callbacks))
-    folder = Path(args.output_dir) / _digest([kind, key])
-    args.output_dir, args.resume_from_checkpoint = str(folder), _last_checkpoint(folder)
-    if args.world_size > 1: _train_distributed(kind, key, args, train)
-    path = cached(kind, key, train)
+    folder = Path(args.output_dir) / _digest([kind, key, __version__, torch.__version__])
+    args.output_dir = str(folder)
+    def resume(path):
+        args.resume_from_checkpoint = _last_checkpoint(folder)
+        train(path)
+    if args.world_size > 1: _train_distributed(kind, key, args, resume)
+    path = cached(kind, key, resume)
     shutil.rmtree(folder, ignore_errors=True)
     return path
 

@@ -74,7 +74,11 @@ def _class_weights(
     if given is None: return None
     n = len(labels)
     counts = [labels.count(c) for c in range(C)]
-    if given == "balanced": return [n / (C * count) for count in counts]
+    is_balanced = isinstance(given, str) and given == "balanced"
+    if is_balanced and all(counts): return [n / (C * count) for count in counts]
+    if is_balanced:
+        what = f"Class number {counts.index(0)} has no text in the train split."
+        raise EcomoptError(what, "argument class_weights", "Leave class_weights out.")
     if isinstance(given, str) or len(given) != C:
         what, where = f"class_weights is {given!r}.", "argument class_weights"
         raise EcomoptError(what, where, f"Give 'balanced', or {C} numbers: one for each class.")
@@ -95,25 +99,30 @@ class _BestEpoch(TrainerCallback):
 
     def __init__(self, classifier: object, task: object):
         self.classifier, self.task = classifier, task
+        if len(task.valid): return
+        do = "Leave select_best out, or split the task with valid above 0."
+        raise EcomoptError("The valid split is empty.", "argument select_best", do)
 
     def spec(self) -> dict: return dict(task=self.task.fingerprint)  # its metric and valid split
 
     def _file(self, args) -> Path: return Path(args.output_dir, "best.safetensors")
 
     def on_epoch_end(self, args, state, control, **others):
+        if not state.is_world_process_zero: return
         file, valid = self._file(args), self.task.valid
         predicted = self.classifier.logits(valid["text"]).argmax(1).tolist()
         score = self.task.score(valid["label"], predicted)
         best = float("-inf")
         if file.exists():
             with safe_open(file, "pt") as old: best = float(old.metadata()["score"])
-        if score > best and state.is_world_process_zero:
+        if score > best:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_safetensors(self.classifier.model, file, {"score": repr(float(score))})
 
     def on_train_end(self, args, state, control, **others):
-        if args.world_size > 1: dist.barrier()
-        load_safetensors(self.classifier.model, self._file(args))
+        if state.is_world_process_zero: load_safetensors(self.classifier.model, self._file(args))
+        if args.world_size == 1: return
+        for tensor in self.classifier.model.state_dict().values(): dist.broadcast(tensor, 0)
 
 # %% ../../nbs/core/04_training.ipynb #ffa4d7db
 def _option_types(step: str) -> dict:

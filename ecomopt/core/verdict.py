@@ -46,15 +46,16 @@ def drop_bound(
 # %% ../../nbs/core/17_verdict.ipynb #39607b02
 @dataclass(frozen=True)
 class Verdict:
-    "The drop of a model against its teacher, its one-sided 95 % bounds, and the margin."
+    "The drop of a model against its teacher, its one-sided bounds, and the margin."
     metric: str             # accuracy, or the name of another metric
     sentences: int          # labelled ones that both answered
     margin: float           # the drop that is allowed, fraction
     drop: float             # the teacher's score minus the model's, fraction
-    lower: float            # with 95 % confidence (or more) the drop is at least this
-    upper: float            # with 95 % confidence the drop is at most this
+    lower: float            # with that confidence (or more) the drop is at least this
+    upper: float            # with that confidence the drop is at most this
     disagreement: float     # fraction of the sentences to which they give different labels
     decided_by: int | None  # labelled sentences that would decide, all else equal; None: no number
+    confidence: float = 0.95  # of each bound
 
     @property
     def outcome(self) -> str:  # "met", "not met" or "not resolvable with n = …"
@@ -66,7 +67,7 @@ class Verdict:
     def __str__(self) -> str:
         change, worst = (f"{-100 * x or 0:+.1f}" for x in (self.drop, self.upper))
         words = f"{self.outcome}: {self.metric} changes by {change} points, at worst by {worst}"
-        words += f" (95 %); a drop of {100 * self.margin:.1f} is allowed"
+        words += f" ({100 * self.confidence:g} %); a drop of {100 * self.margin:.1f} is allowed"
         if self.outcome in ("met", "not met"): return words
         if self.decided_by is None: return f"{words}, and no number of sentences would decide"
         then = "met" if self.drop <= self.margin else "not met"
@@ -160,8 +161,8 @@ def noninferiority_test(
         bounds = _bootstrap_bounds(metric, first, second, actual, confidence, seed)
         gap = abs(margin - drop) and (bounds[int(drop < margin)] - drop) / (margin - drop)
         needed = math.ceil(n * gap**2) if gap else None
-    name = getattr(metric, "__name__", str(metric))
-    return Verdict(name, n, float(margin), drop, *bounds, float((first != second).mean()), needed)
+    about = getattr(metric, "__name__", str(metric)), n, float(margin), drop
+    return Verdict(*about, *bounds, float((first != second).mean()), needed, confidence)
 
 # %% ../../nbs/core/17_verdict.ipynb #c3050779
 def noninferiority(
@@ -187,7 +188,8 @@ def noninferiority(
     if not more: return verdict
     first, second = (_predict(name, c, more, task.labels, 32) for name, c in pair.items())
     differ = binomtest(int((first != second).sum()), len(more), alternative="less")
-    return replace(verdict, upper=min(verdict.upper, differ.proportion_ci(0.975).high))
+    upper = min(verdict.upper, differ.proportion_ci(0.975).high)
+    return replace(verdict, upper=upper, confidence=0.95)
 
 # %% ../../nbs/core/17_verdict.ipynb #7de80a2f
 def verdicts(

@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 # %% ../../nbs/optimize/54_optimize.ipynb #6118de61
 from .. import EcomoptError
 from ..core.artifact import file_bytes
-from ..core.checks import _whole_number
+from ..core.checks import _check_one_process, _whole_number
 from ..core.data import Task
 from ..core.generate import LanguageModel
 from ecomopt.core.measure import (
@@ -60,7 +60,7 @@ from ecomopt.optimize.candidates import (
     search_space,
 )
 from .language import LanguageResult, optimize_language_model
-from .recipe import Recipe, StepContext, _check_one_process
+from .recipe import Recipe, StepContext
 from .report import _ms, _save_reported, _size
 from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 
@@ -294,8 +294,8 @@ class _Search:
         "Ask for as many trials as there are jobs, train them, and note what came out."
         batch = []
         while len(batch) < self.n_jobs and self.left() > self.reserve():
-            asked = self.search.ask(self.left() - self.reserve())
-            if asked is None or any(asked[0] is one for one, _ in batch): return self.train(batch)
+            asked = self.search.ask(self.left() - self.reserve(), [one for one, _ in batch])
+            if asked is None: return self.train(batch)
             if self.measure(asked[0]): batch.append(asked)
         self.train(batch)
         return True

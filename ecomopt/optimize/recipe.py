@@ -9,7 +9,6 @@ __all__ = ['StepContext', 'Recipe', 'StepResult', 'RecipeResult']
 import copy
 import inspect
 import json
-import os
 import platform
 import random
 import re
@@ -42,7 +41,7 @@ from ..compress.static import static_model
 from ..compress.structured import prune_structured
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
-from ..core.checks import _first_line, _unknown, _whole_number
+from ..core.checks import _check_one_process, _first_line, _unknown, _whole_number
 from ..core.data import Task
 from ..core.measure import _check, compare
 from ..core.steps import register_step, step_kind
@@ -329,13 +328,6 @@ def _read_yaml(source: str | Path) -> object:
         raise EcomoptError(what, str(source)[:99], do) from error
 
 # %% ../../nbs/optimize/50_recipe.ipynb #432cb7ec
-def _check_one_process(what: str) -> None:
-    "Raise under torchrun, where each process would search or chain steps for itself."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
-    do = "Start it with python; its trainings may be run with torchrun before, and are found."
-    raise EcomoptError(f"{what} runs in one process.", "torchrun", do)
-
-
 def _check_effort(effort: dict, measure: bool) -> None:
     "Raise for options that `compare` does not have, and where a recipe cannot run."
     known = [*inspect.signature(compare).parameters][3:]
@@ -434,7 +426,7 @@ def _key(model: Classifier, name: str, options: dict, context: StepContext) -> d
     key |= dict(task=context.task.fingerprint, seed=context.seed, bf16=_trains_in_bfloat16())
     key["packages"] = {package: _version(package) for package in kind.packages}
     if kind.apply.__module__.startswith("ecomopt."): return key
-    return key | {"code": Hasher.hash(kind.apply)}
+    return key | {"code": Hasher.hash([kind.apply, getattr(kind.apply, "__code__", None)])}
 
 # %% ../../nbs/optimize/50_recipe.ipynb #12cbebfd
 def _apply(model: Classifier, name: str, options: dict, context: StepContext) -> tuple:

@@ -457,7 +457,7 @@ def _add_pages(app: "FastAPI", service: _Service) -> None:
         return JSONResponse(body, 503, _LATER)
 
 # %% ../../nbs/optimize/56_serve.ipynb #8c7a65d1
-def _bearer(token: str | None) -> list:
+def _bearer(service: _Service, token: str | None) -> list:
     "The check of the token, if there is one, as FastAPI's dependencies."
     from fastapi import Depends
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -467,6 +467,7 @@ def _bearer(token: str | None) -> list:
     async def check(given: HTTPAuthorizationCredentials | None = bearer) -> None:
         found = given.credentials if given else ""
         if hmac.compare_digest(found.encode(), token.encode()): return  # in constant time
+        service.metrics.requests.labels(401).inc()
         what = "Send the header Authorization: Bearer, and the token."
         raise _Refusal(401, "unauthorized", what, {"WWW-Authenticate": "Bearer"})
 
@@ -476,7 +477,7 @@ def _bearer(token: str | None) -> list:
 def _add_api(app: "FastAPI", service: _Service, token: str | None) -> None:
     "What needs the token: predictions, information, metrics."
     from fastapi import Request, Response
-    allowed = _bearer(token)
+    allowed = _bearer(service, token)
     body = {"required": True, "content": {"application/json": {"schema": _BODY}}}
     responses = {status: {"description": text} for status, text in _STATUSES.items()}
 

@@ -93,15 +93,17 @@ class ConstrainedSearch:
     def ask(
         self,
         seconds_left: float = np.inf,  # what would take longer is not asked for
+        busy: Sequence[Candidate] = (),  # those that are being trained
     ) -> tuple[Candidate, float] | None:  # what to train, and on which fraction; None: nothing
         "The next trial: a new candidate, whose costs are not known yet, or one to train on."
-        trusted = self._trusted(seconds_left)
+        there = [c for c in self.candidates if not c.out and not any(c is one for one in busy)]
+        trusted = self._trusted(there, seconds_left)
         if trusted: return trusted, self._next(trusted)
         while self.queue:
             first = Candidate(*self.queue.pop(0))
             needed = self.seconds(first.what, 0.0, self.rungs[0])
             if needed <= seconds_left: return self._begun(first)
-        promoted = self._last(seconds_left) or self._promoted(seconds_left)
+        promoted = self._last(there, seconds_left) or self._promoted(there, seconds_left)
         if promoted: return promoted, self._next(promoted)
         rng = np.random.default_rng([self.seed, len(self.candidates), self._n_drops()])
         known = {one.point.tobytes() for one in self.candidates}
@@ -120,34 +122,36 @@ class ConstrainedSearch:
         seconds = [self.seconds(candidate.what, 0.0, rung) for rung in self.rungs]
         return candidate, max(u for u, one in zip(self.rungs, seconds) if one <= seconds[0])
 
-    def _trusted(self, seconds_left: float) -> Candidate | None:
+    def _trusted(self, there: list[Candidate], seconds_left: float) -> Candidate | None:
         "The trusted candidate, while there is time to train it on all data."
         begun = (c for c in self.candidates if self.rungs[0] in c.drops and len(self.rungs) > 1)
         first = next(begun, None) if self.trusted else None
-        if first is None or first.out or not self._next(first): return None
+        if not any(first is one for one in there) or not self._next(first): return None
         if first.costs[self.minimize] >= self._target(): return None
         needed = self.seconds(first.what, first.fraction, self.rungs[-1])
         return first if needed <= seconds_left else None
 
-    def _last(self, seconds_left: float) -> Candidate | None:
+    def _last(self, there: list[Candidate], seconds_left: float) -> Candidate | None:
         "The best that can still be trained on all data, as soon as time for little more is left."
         target = self._target()
-        there = [c for c in self.candidates if c.drops and not c.out and self._next(c)]
+        there = [c for c in there if c.drops and self._next(c)]
         there = [c for c in there if c.costs[self.minimize] < target]
         needed = np.array([self.seconds(c.what, c.fraction, self.rungs[-1]) for c in there])
         there = [c for c, one in zip(there, needed) if one <= seconds_left < 1.5 * one]
         return there[int(self.score(there).argmax())] if there else None
 
-    def _promoted(self, seconds_left: float) -> Candidate | None:
+    def _promoted(self, waiting: list[Candidate], seconds_left: float) -> Candidate | None:
         "A candidate to train on: the best third of a rung goes on to the next (Li et al. 2020)."
         target = self._target()
         for rung in reversed(self.rungs[:-1]):
             there = [c for c in self.candidates if rung in c.drops and not c.out]
-            free = len(there) // 3 - sum(c.fraction > rung for c in there)
+            busy = [c for c in there if not any(c is one for one in waiting)]
+            free = len(there) // 3 - len(busy) - sum(c.fraction > rung for c in there)
             if free < 1: continue
             order = np.argsort(-self.score(there), kind="stable")[:len(there) // 3]
             for c in (there[i] for i in order):
                 if c.fraction > rung or c.costs[self.minimize] >= target: continue
+                if any(c is one for one in busy): continue
                 if self.seconds(c.what, rung, self._next(c)) <= seconds_left: return c
         return None
 

@@ -549,7 +549,7 @@ class _Run:
         "Write what this searcher has evaluated and its journal lacks: the disk was full."
         known = {trial.number: trial for trial in self.searcher.trials}
         written = {trial.number: trial for trial in self.journal.trials}
-        if not written or not written.items() <= known.items(): return
+        if not written.items() <= known.items(): return
         for number in sorted(known.keys() - written.keys()): self.journal.write(known[number])
         self.journal.trials = list(self.searcher.trials)
 
