@@ -92,18 +92,13 @@ class Answered(Ensemble):
         return torch.stack([teacher_logits(member, list(texts)) for member in self.members]).mean(0)
 
 
-def start(name: str, seed: int) -> Classifier:
-    """What a student of ours is before it is taught: cut from its teacher, embeddings of few bits."""
+def taught(by: Classifier, name: str, seed: int) -> Classifier:
+    """A student of ours, in float: cut from MiniLM, embeddings of few bits, with the answers of a teacher."""
     sizes, least, bits = STUDENTS[name]
     texts = [word for word, count in words().items() if count >= least]
     options = dict(texts=texts, first_token=True, importance="taylor", task=task())
-    return quantize(prune_structured(teacher(seed), **sizes, **options), bits, linear=False)
-
-
-def taught(by: Classifier, name: str, seed: int) -> Classifier:
-    """A student of ours, in float, with the answers of a teacher."""
-    options = dict(epochs=EPOCHS, learning_rate=2e-4, seed=seed, bf16=True)
-    return distill(by, lessons(), start(name, seed), **options)
+    start = quantize(prune_structured(teacher(seed), **sizes, **options), bits, linear=False)
+    return distill(by, lessons(), start, epochs=EPOCHS, learning_rate=2e-4, seed=seed, bf16=True)
 
 
 def student(name: str, seed: int) -> Classifier:

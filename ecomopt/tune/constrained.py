@@ -45,7 +45,7 @@ def log_constrained_improvement(
     return feasible + log_expected_improvement(mean, np.maximum(std, 1e-12), best)
 
 # %% ../../nbs/tune/44_constrained.ipynb #513af932
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     "What was found out about one candidate."
     point: np.ndarray                # in the unit cube [d]
@@ -96,7 +96,7 @@ class ConstrainedSearch:
         busy: Sequence[Candidate] = (),  # those that are being trained
     ) -> tuple[Candidate, float] | None:  # what to train, and on which fraction; None: nothing
         "The next trial: a new candidate, whose costs are not known yet, or one to train on."
-        there = [c for c in self.candidates if not c.out and not any(c is one for one in busy)]
+        there = [c for c in self.candidates if not c.out and c not in busy]
         trusted = self._trusted(there, seconds_left)
         if trusted: return trusted, self._next(trusted)
         while self.queue:
@@ -126,7 +126,7 @@ class ConstrainedSearch:
         "The trusted candidate, while there is time to train it on all data."
         begun = (c for c in self.candidates if self.rungs[0] in c.drops and len(self.rungs) > 1)
         first = next(begun, None) if self.trusted else None
-        if not any(first is one for one in there) or not self._next(first): return None
+        if first not in there or not self._next(first): return None
         if first.costs[self.minimize] >= self._target(): return None
         needed = self.seconds(first.what, first.fraction, self.rungs[-1])
         return first if needed <= seconds_left else None
@@ -145,13 +145,12 @@ class ConstrainedSearch:
         target = self._target()
         for rung in reversed(self.rungs[:-1]):
             there = [c for c in self.candidates if rung in c.drops and not c.out]
-            busy = [c for c in there if not any(c is one for one in waiting)]
+            busy = [c for c in there if c not in waiting]
             free = len(there) // 3 - len(busy) - sum(c.fraction > rung for c in there)
             if free < 1: continue
             order = np.argsort(-self.score(there), kind="stable")[:len(there) // 3]
             for c in (there[i] for i in order):
-                if c.fraction > rung or c.costs[self.minimize] >= target: continue
-                if any(c is one for one in busy): continue
+                if c in busy or c.fraction > rung or c.costs[self.minimize] >= target: continue
                 if self.seconds(c.what, rung, self._next(c)) <= seconds_left: return c
         return None
 
