@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import onnxruntime
 import openvino
 import pandas as pd
 import pytest
@@ -114,6 +115,17 @@ def test_counts_are_those_of_the_model(small, made):
     model = made("onnxruntime", "float32").model
     assert count_parameters(model) == count_parameters(small.model)
     for tokens in (1, 5, 32): assert count_macs(model, tokens) == count_macs(small.model, tokens)
+
+
+@pytest.mark.slow
+def test_threads_of_onnxruntime_sleep_after_a_call(made, monkeypatch, tmp_path):
+    create, given = onnxruntime.InferenceSession, []
+    def noted(model, options, **more):
+        given.append(options.get_session_config_entry("session.force_spinning_stop"))
+        return create(model, options, **more)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    load(save(made("onnxruntime", "float32"), tmp_path / "model")).logits(TEXTS)
+    assert set(given) == {"1"}
 
 
 @pytest.mark.slow

@@ -235,10 +235,7 @@ def _fix_scales(file: Path, examples: list[dict]) -> None:
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3d31c99f
 def _write_onnxruntime(
-    program: ExportedProgram,
-    precision: str,
-    examples: list[dict],
-    folder: Path,
+    program: ExportedProgram, precision: str, examples: list[dict], folder: Path
 ) -> None:
     "One file; int8 by ONNX Runtime's own tool, static where there are examples."
     import onnx
@@ -256,6 +253,7 @@ def _open_onnxruntime(files: dict[str, np.ndarray], precision: str, threads: int
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a call
     model, providers = files["onnx"].tobytes(), ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(model, options, providers=providers)
     return lambda inputs: session.run(None, inputs)[0]
