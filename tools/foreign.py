@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nncf
-import onnxruntime
+import numpy as np
 import openvino
 import torch
 from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 from torch import nn
 
 from ecomopt import Classifier
+from ecomopt.accelerate.runtime import _open_onnxruntime
 from ecomopt.core.artifact import _write_tokenizer, disk_bytes
 
 CALIBRATION = 304  # sentences
@@ -80,11 +81,8 @@ def onnx_int8(classifier: Classifier, texts: list[str], folder: Path) -> Callabl
             output_names=["logits"], dynamic_axes=axes, dynamo=False)
         quant_pre_process(f"{plain}/float.onnx", f"{plain}/ready.onnx", skip_symbolic_shape=True)
         quantize_dynamic(f"{plain}/ready.onnx", folder / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as ours: what is timed next has its cores
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    return lambda ids, mask: session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+    run = _open_onnxruntime({"onnx": np.fromfile(folder / "model.onnx", np.uint8)}, "int8", torch.get_num_threads())
+    return lambda ids, mask: run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
 
 
 def openvino_float(
