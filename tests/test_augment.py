@@ -134,6 +134,12 @@ def test_it_writes_sentences_of_the_shop_and_remembers_them(monkeypatch):
     assert generate_augment(TEXTS * 20, **options) == found
 
 
+def test_a_writer_that_repeats_is_refused_and_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("ecomopt.compress.augment._sampled", lambda lm, n, *others: n * ["it was great"])
+    for _ in range(2):
+        with pytest.raises(EcomoptError, match="Of 30 texts only 1 "): generate_augment(TEXTS, 30, writer())
+
+
 def test_texts_without_an_end_are_left_out():
     lm = writer()
     def generate(start, **others): return torch.tensor([[0, 5, 6, 0], [0, 5, 6, 7], [0, 0, 0, 0]])

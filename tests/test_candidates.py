@@ -161,6 +161,10 @@ def test_a_class_that_is_given_up_fails_a_gate():
     assert not _no_lost_class(np.zeros(100, int), teacher, actual, ("a", "b"), 0.1)["passed"]
     assert _no_lost_class(actual, teacher, actual, ("a", "b"), 0.1)["passed"]
     assert _no_lost_class(np.zeros(100, int), np.zeros(100, int), actual, ("a", "b"), 0.1)["passed"]
+    few = np.array([0, 1] * 10 + [2])
+    assert _no_lost_class(few % 2, few, few, ("a", "b", "c"), 0.1)["passed"], "one lost text may be chance"
+    few = np.append(few, [2, 2])
+    assert not _no_lost_class(few % 2, few, few, ("a", "b", "c"), 0.1)["passed"]
     worse = actual.copy()
     worse[:60] = 1
     assert "a" in _no_lost_class(worse, teacher, actual, ("a", "b"), 0.1)["detail"]

@@ -250,6 +250,9 @@ WRONG = {
     "two targets": lambda a, b, task: fit_cascade([a, b], task, deferred=0.1, max_drop=0.1),
     "a fraction above 1": lambda a, b, task: fit_cascade([a, b], task, deferred=1.5),
     "a negative drop": lambda a, b, task: fit_cascade([a, b], task, max_drop=-0.1),
+    "the wrong order": lambda a, b, task: Cascade([b, a], [0.5]),
+    "the wrong order, to be fitted": lambda a, b, task: fit_cascade([b, a], task, deferred=0.1),
+    "a threshold that is no number": lambda a, b, task: Cascade([a, b], "0.5"),
     "rising fractions": lambda a, b, task: fit_cascade([a, b, b], task, deferred=[0.1, 0.5]),
     "no validation texts": lambda a, b, task: fit_cascade([a, b], task.sample(valid=0), deferred=0.1),
     "quantize": lambda a, b, task: quantize(Cascade([a, b], [0.5])),
@@ -263,6 +266,10 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_cannot_be_is_refused(models, wrong):
     with pytest.raises(EcomoptError): wrong(models[1], models[2], tiny.task(40))
+
+
+def test_two_stages_need_one_threshold_and_no_list(models):
+    assert Cascade(models[1:], 0.5).thresholds == Cascade(models[1:], [0.5]).thresholds == [0.5]
 
 
 def test_labels_are_matched_by_name(models):

@@ -1,6 +1,7 @@
 """Distillation: the loss, and a Trainer that computes it whatever the batches are."""
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,14 @@ def test_other_tokens_cannot_be_matched():
     student.tokenizer.add_tokens(["battery2"])
     with pytest.raises(EcomoptError, match="different tokens"):
         distill(tiny.classifier(), tiny.task(), student, hidden=1.0)
+
+
+def test_ngrams_of_nothing_are_refused():
+    assert ngram_augment([], 0) == []
+    with pytest.raises(EcomoptError, match="no texts"): ngram_augment([], 3)
+    task = tiny.task(40)
+    nothing = replace(task, train=task.train.select([]))
+    with pytest.raises(EcomoptError, match="no texts"): distill(tiny.classifier(), nothing, 1, augment=5)
 
 
 @given(

@@ -235,6 +235,29 @@ def test_texts_without_words_have_a_baseline():
     assert found["accuracy"] == 1.0 and found["disk_bytes"] > 0
 
 
+@pytest.mark.parametrize("texts, expected", [
+    (["这个手机真好用", "屏幕坏了 ok"], True), (["แบตเตอรี่ดีมาก"], True), (["👍 👎"], True),
+    (["a good phone, 很好"], False), (["très bon", "хорошо"], False),
+])
+def test_scripts_without_spaces_are_counted_by_characters(texts, expected):
+    assert module._has_no_spaces(texts) == expected
+
+
+def test_a_large_test_split_is_timed_in_fewer_rounds(task):
+    many = SimpleNamespace(test=range(20_000))
+    assert [module._rounds(many, rate) for rate in (150.0, 1000.0, 1e6)] == [1, 3, 5]
+
+
+def test_a_winner_keeps_the_goal_by_its_own_estimate(task, teacher, monkeypatch, no_fresh_process, few_trials):
+    real = module._Search.judge
+    def judge(self, candidate, trial, fraction, model):
+        real(self, candidate, trial, fraction, model)
+        if trial.steps: trial.estimate = 0.5  # the process of the search does not hear of it
+    monkeypatch.setattr(module._Search, "judge", judge)
+    found = optimize(task, teacher, Goal(max_drop=0.3), "5s")
+    assert found.feasible and found.recipe.steps == [], found.data["reason"]
+
+
 def test_without_a_model_the_default_teacher_is_fine_tuned(
     task, teacher, monkeypatch, no_fresh_process, few_trials
 ):
@@ -469,13 +492,13 @@ def test_a_directory_without_a_head_for_these_labels_is_fine_tuned(task, teacher
         for key, value in config.items(): setattr(model.config, key, value)
         model.save_pretrained(tmp_path / name)
         teacher.tokenizer.save_pretrained(tmp_path / name)
-        return cli._teacher(str(tmp_path / name), task, 0)
+        return cli._teacher(str(tmp_path / name), task, 0, 128)
     model = copy.deepcopy(teacher.model)
     assert taught("classifier", model).predict(["good"]) == teacher.predict(["good"])
     assert taught("encoder", model.base_model) == (str(tmp_path / "encoder"), task)
     assert taught("other", model, id2label={0: "spam", 1: "ham"}) == (str(tmp_path / "other"), task)
     save(teacher, tmp_path / "artifact")
-    assert cli._teacher(str(tmp_path / "artifact"), task, 0).labels == task.labels
+    assert cli._teacher(str(tmp_path / "artifact"), task, 0, 128).labels == task.labels
 
 
 def test_exit_code_1_where_the_test_split_refutes_the_goal(shop, monkeypatch, tmp_path):
@@ -488,6 +511,39 @@ def test_exit_code_1_where_the_test_split_refutes_the_goal(shop, monkeypatch, tm
     assert invoke(shop, *words).exit_code == 1
     Found.verdict = SimpleNamespace(outcome="not resolvable with n = 60")
     assert invoke(shop, *words).exit_code == 0
+
+
+def test_a_result_that_cannot_be_saved_is_kept_elsewhere(shop, result, monkeypatch, tmp_path):
+    monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))
+    class Found:
+        def save(self, out):
+            if Path(out).name == "full": raise EcomoptError("No space is left.", str(out), "Make room.")
+            return result.save(out)
+    monkeypatch.setattr(cli, "_searched", lambda *given: Found())
+    ran = invoke(shop, "optimize", *COLUMNS, "--model", "teacher", "--out", "full")
+    assert ran.exit_code == 2 and "No space is left." in ran.stderr
+    kept, = (tmp_path / "unsaved").iterdir()
+    assert str(kept) in ran.stderr.replace("\n", "") and load(kept).labels == result.model.labels
+
+
+@pytest.mark.parametrize("words", [
+    ("optimize", *COLUMNS, "--threads", "0", "--out", "never"), ("optimize", *COLUMNS, "--jobs", "0", "--out", "never"),
+    ("optimize", *COLUMNS, "--seed", "5000000000", "--out", "never"), ("quantize", "teacher", "--bits=9", "--out=x"),
+    ("distill", "teacher", *COLUMNS, "--layers", "0", "--out", "never"), ("measure", "minilm", *COLUMNS),
+    ("distill", "teacher", *COLUMNS, "--epochs", "-1", "--out", "never"), ("predict", "teacher", "-", "--text", "a"),
+])
+def test_numbers_and_models_are_checked_before_any_work(shop, monkeypatch, words):
+    monkeypatch.setattr(cli, "_teacher", None)
+    monkeypatch.setattr(train, "load_model", None)
+    ran = invoke(shop, *words)
+    assert ran.exit_code == 2 and "Traceback" not in ran.stderr and not (shop / "never").exists(), ran.stderr
+
+
+def test_texts_are_as_long_as_the_command_says(task, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "finetune", lambda *given, **options: seen.update(options))
+    cli._teacher("minilm", task, 0, 64)
+    assert seen["max_length"] == 64
 
 
 def test_an_unforeseen_fault_is_exit_code_3(shop, monkeypatch):
@@ -641,6 +697,30 @@ def test_predict_refuses_columns_that_shift(shop, content, words):
     (shop / "shifted.csv").write_text(content)
     ran = invoke(shop, "predict", "teacher", "shifted.csv")
     assert ran.exit_code == 2 and words in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_predict_reads_a_table_that_is_piped_in(shop):
+    words = "predict", "teacher", "-", "--text", "review", "--json"
+    table = 'n,review\r\n1,"good,\r\nreally"\r\n'.encode("utf-8-sig")
+    ran = subprocess.run([BINARY, *words, "--format", "csv"], cwd=shop, input=table, capture_output=True, timeout=300)
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [(row["n"], row["review"]) for row in rows] == [("1", "good,\r\nreally")]
+    ran = run(shop, *words, "--format", "jsonl", input='{"review": null}\n')
+    assert json.loads(ran.stdout)["label"] in ("negative", "positive"), ran.stderr
+
+
+def test_predict_loses_no_column_and_no_disk_is_full_in_silence(shop, tmp_path):
+    (shop / "twice.csv").write_text("text,note,note\ngood,1,2\n")
+    ran = invoke(shop, "predict", "teacher", "twice.csv")
+    assert ran.exit_code == 2 and "note" in ran.stderr
+    save(tiny.language_model(), shop / "writer")
+    for words in (("predict", "writer", "twice.csv"), ("quantize", "writer", "--out", "never")):
+        ran = invoke(shop, *words)
+        assert ran.exit_code == 2 and "language model" in ran.stderr and "Traceback" not in ran.stderr
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([BINARY, "predict", "teacher"], cwd=shop, input="good\n" * 9, text=True, stdout=full,
+                             stderr=subprocess.PIPE, timeout=300)
+    assert ran.returncode == 2 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
 
 
 def test_lines_of_text_come_back_in_order(shop):

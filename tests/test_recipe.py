@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,6 +170,19 @@ def test_every_kind_has_a_space_of_its_options():
         for option, values in space.items():
             for value in values if isinstance(values, list) else values[:2]: kind.check({option: value})
         kind.check(kind.defaults)
+
+
+def test_the_classes_of_a_teacher_are_put_in_the_order_of_the_task():
+    task, teacher = tiny.task(), tiny.classifier(labels=("positive", "negative"))
+    before, given = fingerprint(teacher), ["good battery", "bad", "a slow screen"]
+    turned = StepContext(task, teacher).teacher
+    assert turned.labels == tuple(task.labels) and turned.predict(given) == teacher.predict(given)
+    assert torch.equal(turned.logits(given), teacher.logits(given).flip(1))
+    assert fingerprint(teacher) == before, "the caller's model stays as it is"
+    same = tiny.classifier()
+    assert StepContext(task, same).teacher is same
+    others = tiny.classifier(labels=("a", "b"))
+    assert StepContext(task, others).teacher is others
 
 
 def test_a_kind_of_a_user_joins(monkeypatch):

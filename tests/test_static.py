@@ -101,6 +101,17 @@ def test_the_start_is_the_teachers_and_the_same_every_time(teacher):
     assert static_model(teacher, TEXTS, 16, max_length=300).max_length == 300
 
 
+def test_words_that_are_left_out_leave_the_frequencies_of_the_others(teacher):
+    texts = ["the battery"] * 9 + ["the screen"]
+    whole, given = static_model(teacher, texts, 16), static_model(teacher, texts, 16, words=texts)
+    assert fingerprint(whole) == fingerprint(given)
+    fewer = static_model(teacher, texts, 16, words=["the battery"])
+    def length(model, word): return model.model.embeddings.weight[model.tokenizer.get_vocab()[word]].norm()
+    assert "screen" in whole.tokenizer.get_vocab() and "screen" not in fewer.tokenizer.get_vocab()
+    for model in (whole, fewer): assert length(model, "the") < length(model, "battery"), "the frequent weigh less"
+    assert length(fewer, "the") / length(fewer, "battery") > 0.3
+
+
 @pytest.mark.slow
 def test_it_learns_what_its_teacher_answers(teacher):
     task = tiny.task(200)

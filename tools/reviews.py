@@ -24,7 +24,8 @@ STUDENTS = {  # sizes, the least count of a word in the vocabulary, bits of the 
 }
 MADE = (
     f"learn from the mean of {MEMBERS} teachers, in {EPOCHS} passes over the sentences of the task, those of food "
-    f"reviews and {AUGMENTED:,} n-gram augmented ones, the same for all seeds"
+    f"reviews and {AUGMENTED:,} n-gram augmented ones, the same for all seeds; students of two seeds share "
+    "one or two of their teachers"
 )
 MEASURED = (
     "Accuracy: of all test sentences, mean of the seeds, with an interval that counts seeds and sentences; retained: "

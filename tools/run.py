@@ -81,8 +81,10 @@ def module_imports(path: Path) -> frozenset[Path]:
     "The modules of the package that a module imports, and theirs."
     found = {path}
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
-        if not isinstance(node, ast.ImportFrom) or not node.level: continue
-        base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        if not isinstance(node, ast.ImportFrom): continue
+        parts = (node.module or "").split(".")
+        if not node.level and parts[0] != "ecomopt": continue
+        base = (path.parents[node.level - 1] if node.level else ROOT).joinpath(*parts)
         names = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
         found.update(name for name in names if name.is_file() and name.name != "__init__.py")
     return frozenset(found.union(*(module_imports(other) for other in found - {path})))

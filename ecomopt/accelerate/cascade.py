@@ -99,7 +99,7 @@ class Cascade(Classifier):
     def __init__(
         self,
         stages: Sequence[Classifier],    # two or more, the fastest first; with the same labels
-        thresholds: Sequence[float],     # the least confidence to answer with; 1 defers all
+        thresholds: float | Sequence[float],  # the least confidence to answer with; 1 defers all
         temperatures: Sequence[float] | None = None,  # of each stage; 1 without them
     ):
         self.stages = _check_stages(stages)
@@ -170,12 +170,16 @@ def _check_stages(stages: Sequence[Classifier]) -> list[Classifier]:
         if stage.labels == stages[0].labels: continue
         what = f"The labels differ: {stages[0].labels} and {stage.labels}."
         raise EcomoptError(what, "Cascade", "Use one label space, in one order.")
+    macs = [count_macs(stage.model, 8) for stage in stages]
+    if macs != sorted(macs):
+        what = f"A stage takes more multiply-adds than the one after it: {macs} for 8 tokens."
+        raise EcomoptError(what, "Cascade", "Give the fastest first, and the teacher last.")
     return list(stages)
 
 
 def _numbers(values: Sequence[float], n: int, name: str, most: float = 100.0) -> list[float]:
     "Raise unless there are n numbers above 0 and at most `most`."
-    values = [_positive_number(value, name) for value in values]
+    values = [_positive_number(value, name) for value in np.atleast_1d(values).tolist()]
     if len(values) == n and all(value <= most for value in values): return values
     what = f"The {name}s are {values}."
     raise EcomoptError(what, "Cascade", f"Give {n}, each above 0 and at most {most:g}.")

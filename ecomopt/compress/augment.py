@@ -39,7 +39,7 @@ from ecomopt.core.checks import (
 )
 from ..core.data import normalize
 from ..core.generate import LanguageModel
-from ..core.pretrained import _token_ids, _tokenizing
+from ..core.pretrained import _token_ids, _tokenizer_rules, _tokenizing
 from ecomopt.core.train import (
     Classifier,
     _check_classifier,
@@ -131,7 +131,7 @@ def masked_language_model(
         rows = Dataset.from_dict({"input_ids": _token_ids(tokenizer, texts, 64)})
         _train_masked(BertForMaskedLM(config), rows, tokenizer, args, folder)
     key = dict(texts=_digest(texts), sizes=sizes, epochs=epochs, seed=seed)
-    key["vocabulary"] = _digest(tokenizer.get_vocab())
+    key |= dict(tokenizer=_digest(_tokenizer_rules(tokenizer)), bf16=args.bf16)
     with _training: path = cached("masked", key, train)
     return BertForMaskedLM.from_pretrained(path).eval()
 
@@ -210,7 +210,7 @@ def _blocks(lm: LanguageModel, texts: list[str], end: int, length: int = 128) ->
 
 @torch.inference_mode()
 def _sampled(lm: LanguageModel, n: int, end: int, temperature: float) -> list[str]:
-    "Draw n texts from the model, equation (3); those not ended after 48 tokens are left out."
+    "Draw n texts, equation (3), from the 50 likeliest tokens each; unfinished ones are left out."
     start = torch.full((n, 1), end, device=lm.model.device)
     options = dict(do_sample=True, temperature=temperature, top_k=50, max_new_tokens=48)
     rows = lm.model.generate(
@@ -261,4 +261,7 @@ def _generate(
     for size in [64] * (n // 64) + [n % 64] * (n % 64 > 0):
         found += _sampled(tuned, size, end, temperature)
     found = without_near_copies(found, [*held_out, *texts])
+    if len(found) < n / 10:
+        what = f"Of {n} texts only {len(found)} are no copies of each other or of given texts."
+        raise EcomoptError(what, "generate_augment", "Train less, or raise the temperature.")
     (folder / "texts.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")

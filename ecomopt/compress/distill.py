@@ -357,7 +357,7 @@ def teacher_logits(
     texts: Sequence[str],  # any number of texts
     bf16: bool = False,    # compute in bfloat16, as a training would; a teacher in integers cannot
 ) -> torch.Tensor:         # [len(texts), C], float32
-    "Compute the teacher's logits, or read from the cache what it answered for any other list."
+    "Compute the teacher's logits, or read from the cache what it answered before."
     device = teacher.model.device.type
     types = {tensor.dtype for tensor in teacher.model.state_dict().values()}
     bf16 = bf16 and types.isdisjoint({torch.int8, torch.uint8})
@@ -385,14 +385,15 @@ def ngram_augment(
     "Sample n-grams (after Tang et al. 2019), and join two of five to another."
     random_state = random.Random(seed)
     words = [_split(text) for text in texts]
+    if n and not words:
+        what = "There are no texts to take n-grams from."
+        raise EcomoptError(what, "ngram_augment", "Give texts with labels, or augment=0.")
     def ngram():
         sentence = random_state.choice(words)
         length = random_state.randint(min(3, len(sentence)), len(sentence))
         start = random_state.randint(0, len(sentence) - length)
         return sentence[start:start + length]
-    def text():
-        first = ngram()
-        return first + (ngram() if random_state.random() < 0.4 else [])
+    def text(): return ngram() + (ngram() if random_state.random() < 0.4 else [])
     joined = (" ".join(text()) for _ in range(n))
     return [re.sub(rf"(?<=[{_CJK}]) (?=[{_CJK}])", "", one) for one in joined]
 

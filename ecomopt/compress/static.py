@@ -9,6 +9,7 @@ __all__ = ['hash_ngrams', 'StaticModel', 'static_model', 'static_student']
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -141,28 +142,29 @@ def _check_static(teacher: Classifier, texts: Sequence[str], **numbers: int) -> 
 # %% ../../nbs/compress/29_static.ipynb #737d8ce0
 def static_model(
     teacher: Classifier,    # in float; a transformer with a fast tokenizer
-    texts: Sequence[str],   # of the shop: their tokens are kept, and counted
+    texts: Sequence[str],   # of the shop: their tokens are counted, and kept
     width: int = 128,       # d, of the embeddings
     buckets: int = 2**15,   # B, rows that all n-grams share
     ngrams: int = 2,        # 1: tokens alone; 2: and pairs; 3: and triples
     max_length: int | None = None,  # longer texts are truncated (tokens); the teacher's without one
     seed: int = 0,          # of the hidden layer
+    words: Sequence[str] | None = None,  # whose tokens are kept; without them, those of the texts
 ) -> Classifier:            # to be distilled; its answers mean nothing yet
     "Make a static student whose embeddings start from the teacher's (as Model2Vec; 2024)."
     _check_static(teacher, texts, width=width, buckets=buckets, ngrams=ngrams)
-    if max_length is None: max_length = teacher.max_length
-    max_length = _whole_number(max_length, "max_length")
-    counts = Counter(i for row in _token_ids(teacher.tokenizer, texts, max_length) for i in row)
-    tokenizer, ids = _trim_tokenizer(teacher.tokenizer, set(counts))
+    length = teacher.max_length if max_length is None else _whole_number(max_length, "max_length")
+    used = _token_ids(teacher.tokenizer, texts if words is None else words, length)
+    tokenizer, ids = _trim_tokenizer(teacher.tokenizer, set(chain.from_iterable(used)))
     tokenizer.padding_side = "right"
-    frequency = torch.tensor([counts[i] for i in ids]) / counts.total()
+    counts = Counter(chain.from_iterable(_token_ids(tokenizer, texts, length)))
+    frequency = torch.tensor([counts[i] for i in range(len(ids))]) / counts.total()
     E = _principal(_token_vectors(teacher, ids), width) * (1e-3 / (1e-3 + frequency))[:, None]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = StaticModel(_static_config(teacher, tokenizer, len(ids), width), buckets, ngrams)
     model.embeddings.weight.data.zero_()
     model.embeddings.weight.data[:len(ids)] = E / E.std() / math.sqrt(width)
-    return Classifier(model.eval(), tokenizer, max_length)
+    return Classifier(model.eval(), tokenizer, length)
 
 # %% ../../nbs/compress/29_static.ipynb #a4ecacf6
 def static_student(

@@ -213,7 +213,7 @@ def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:
     "The numbers as Python's own; raise for those that cannot be, and for unknown arguments."
     checked = {name: _positive_number(numbers[name], name) for name in ("epochs", "learning_rate")}
     checked["batch_size"] = _whole_number(numbers["batch_size"], "batch_size")
-    numbers = dict(checked, seed=_whole_number(numbers["seed"], "seed", 0))
+    numbers = dict(checked, seed=_whole_number(numbers["seed"], "seed", 0, 2**32 - 1))
     if numbers["batch_size"] % processes:
         raise EcomoptError(
             f"{processes} processes cannot share a batch of {numbers['batch_size']}.",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 # %% ../../nbs/optimize/51_candidates.ipynb #d0b9129b
 from .. import EcomoptError, __version__
@@ -390,7 +391,7 @@ def _no_lost_class(
     for i, label in enumerate(labels):
         rows = actual == i
         before, after = teacher[rows] == i, predicted[rows] == i
-        given_up = before.any() and not (predicted == i).any()
+        given_up = before.sum() >= 3 and not (predicted == i).any()
         counts = (before & ~after).sum(), (after & ~before).sum(), len(before)
         if given_up or _is_lost(*map(int, counts), most): lost.append(label)
     detail = f"too low: {', '.join(lost)}" if lost else f"{len(labels)} classes"
@@ -403,10 +404,12 @@ def _is_lost(lost: int, gained: int, n: int, most: float) -> bool:
 
 # %% ../../nbs/optimize/51_candidates.ipynb #7ca07c2c
 _SAME_ANSWERS = "same answers after reloading in a fresh process"
-_RELOAD = """import json, sys
+_RELOAD = """import json, sys, torch
 from ecomopt import load
+threads, texts = json.load(sys.stdin)
+torch.set_num_threads(threads)
 model = load(sys.argv[1])
-answers = [model.labels, model.logits(json.load(sys.stdin)).tolist()]
+answers = [model.labels, model.logits(texts).tolist()]
 open(sys.argv[2], "w", encoding="utf8").write(json.dumps(answers))
 """
 
@@ -414,7 +417,8 @@ open(sys.argv[2], "w", encoding="utf8").write(json.dumps(answers))
 def _in_fresh_process(model: Classifier, script: str, given: list) -> tuple[object, str]:
     "What a script writes of a saved model, None if it fails; and the last line of its error."
     with tempfile.TemporaryDirectory() as folder:
-        path, out = save(model, f"{folder}/model"), Path(folder, "answers.json")
+        try: path, out = save(model, f"{folder}/model"), Path(folder, "answers.json")
+        except (EcomoptError, OSError) as error: return None, _why_failed(error)
         command = [sys.executable, "-c", script, str(path), str(out)]
         ran = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
         if ran.returncode == 0: return json.loads(out.read_text("utf8")), ""
@@ -424,7 +428,7 @@ def _in_fresh_process(model: Classifier, script: str, given: list) -> tuple[obje
 def _reloads(model: Classifier, texts: list[str]) -> dict:
     "Gate: saved, and loaded in a fresh process, it gives the same answers."
     texts = [text for text in texts if text.strip()][:64]
-    answers, error = _in_fresh_process(model, _RELOAD, texts)
+    answers, error = _in_fresh_process(model, _RELOAD, [torch.get_num_threads(), texts])
     labels, logits = answers or ([], [])
     found, expected = np.array(logits, np.float32), model.logits(texts).numpy()
     same = labels == list(model.labels) and found.shape == expected.shape
@@ -441,7 +445,7 @@ def _label_order(model: Classifier, labels: Sequence[str]) -> dict:
 def _circumstances(seed: int, threads: int, budget: float, began: float) -> dict:
     "Where and when a search ran, and how long; `began`: of time.perf_counter."
     versions = {"ecomopt": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "openvino"):
+    for name in ("torch", "transformers", "tokenizers", "openvino", "nncf", "onnxruntime"):
         try: versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: continue
     return dict(

@@ -7,9 +7,12 @@ __all__ = ['app', 'Commands', 'main', 'assets']
 
 # %% ../../nbs/optimize/59_cli.ipynb #bf4222e2
 import csv
+import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -21,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+# %% ../../nbs/optimize/59_cli.ipynb #5bf399c0
 import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -98,24 +102,22 @@ def _home(path: Any) -> Any:
 
 
 _task_help = 'A .csv, .tsv, .parquet or .jsonl file, or a task: "reviews".'
-_model_help = "An artifact, a checkpoint's directory, or a name such as minilm."
+_model_help = "An artifact, or a checkpoint that is fine-tuned for these labels."
 _unlabelled_help = "A file with more texts and no labels: students learn from them, too."
-_metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn."
+_metric_help = "accuracy, macro_f1, balanced_accuracy, or a scorer of scikit-learn for labels."
 _out_help = "The artifact to write: new, or one to replace."
 _teacher_help = "A classifier of these labels; any other encoder, a directory or a name, is " \
     "fine-tuned first. minilm knows English alone."
 _Teacher = Annotated[str, typer.Option(help=_teacher_help, callback=_home)]
 _Data = Annotated[str, typer.Argument(help=_task_help, metavar="TASK", callback=_home)]
 _Model = Annotated[str, typer.Argument(help=_model_help, metavar="MODEL", callback=_home)]
+_Artifact = Annotated[str, typer.Argument(help="An artifact.", metavar="MODEL", callback=_home)]
 _Out = Annotated[Path, typer.Option(help=_out_help, callback=_home)]
 _Text = Annotated[str, typer.Option(help="The column of the texts.")]
 _Label = Annotated[str, typer.Option(help="The column of the labels.")]
 _Group = Annotated[str | None, typer.Option(help="Equal values of it stay in one split.")]
 _Unlabelled = Annotated[Path | None, typer.Option(help=_unlabelled_help, callback=_home)]
 _Metric = Annotated[str, typer.Option(help=_metric_help)]
-_seed_help = "Of training and search; how a file is split does not depend on it."
-_Seed = Annotated[int, typer.Option(help=_seed_help)]
-_Threads = Annotated[int | None, typer.Option(help="Of torch; 2, or fewer if torch uses fewer.")]
 
 # %% ../../nbs/optimize/59_cli.ipynb #501d7c90
 def _task(
@@ -132,12 +134,15 @@ def _task(
     return task if unlabelled is None else task.with_transfer(unlabelled, text=text)
 
 
-def _classifier(source: str, task: Any = None) -> Any:
+def _classifier(source: str, task: Any = None, max_length: int = 128) -> Any:
     "An artifact, or a checkpoint with the labels of the task."
     from ecomopt.core.artifact import load
-    from ecomopt.core.train import load_model
-    if task is None or (Path(source).expanduser() / "artifact.json").exists(): return load(source)
-    return load_model(source, task.labels)
+    from ecomopt.core.train import Classifier, load_model
+    if task is not None and not (Path(source) / "artifact.json").exists():
+        return load_model(source, task.labels, max_length)
+    model = load(source)
+    if isinstance(model, Classifier): return model
+    raise EcomoptError("It is a language model, not a classifier.", source, "Name a classifier.")
 
 # %% ../../nbs/optimize/59_cli.ipynb #53ac6474
 @contextmanager
@@ -166,13 +171,35 @@ def _print(result: dict, as_json: bool, text: str) -> None:
     print(json.dumps(result) if as_json else text)
 
 
-def _print_sizes(out: Path, model: str, as_json: bool) -> None:
-    "The artifact that was written, and the bytes of what it was made of, if that is a directory."
+def _bytes_of(model: str) -> dict:
+    "The bytes of what an artifact is made of, before it may be replaced, if it is a directory."
     from ecomopt.core.artifact import disk_bytes
-    sizes = {"disk_bytes": disk_bytes(out)}
-    if Path(model).is_dir(): sizes["from_disk_bytes"] = disk_bytes(model)
+    return {"from_disk_bytes": disk_bytes(model)} if Path(model).is_dir() else {}
+
+# %% ../../nbs/optimize/59_cli.ipynb #b4d692f2
+_seed_help = "Of training and search; how a file is split does not depend on it."
+_Seed = Annotated[int, typer.Option(help=_seed_help, min=0, max=2**32 - 1)]
+_threads_help = "Of torch; 2, or fewer if torch uses fewer."
+_Threads = Annotated[int | None, typer.Option(help=_threads_help, min=1)]
+_length_help = "Tokens of a text; longer ones are truncated. An artifact has its own."
+_Length = Annotated[int, typer.Option(help=_length_help, min=1)]
+
+
+def _print_sizes(out: Path, before: dict, as_json: bool) -> None:
+    "The artifact that was written, and what it was made of."
+    from ecomopt.core.artifact import disk_bytes
+    sizes = {"disk_bytes": disk_bytes(out)} | before
     said = ", from ".join(f"{size / 1e6:.1f} MB" for size in sizes.values())
     _print({"artifact": str(out), **sizes}, as_json, f"{out}: {said}")
+
+
+def _check_head(model: str, task: Any) -> None:
+    "Raise for an encoder whose head would be new, and its answers random."
+    is_encoder = Path(model).is_dir() and not _is_classifier(Path(model), task)
+    if model not in ASSETS and not is_encoder: return
+    what = "It has no head that was trained for the labels of the task."
+    do = "Name an artifact, or a checkpoint that is fine-tuned for these labels."
+    raise EcomoptError(what, model, do)
 
 # %% ../../nbs/optimize/59_cli.ipynb #71b32f8f
 def _is_classifier(path: Path, task: Any) -> bool:
@@ -186,12 +213,13 @@ def _is_classifier(path: Path, task: Any) -> bool:
     return has_head and bool(fits)
 
 
-def _teacher(model: str, task: Any, seed: int) -> Any:
+def _teacher(model: str, task: Any, seed: int, max_length: int) -> Any:
     "A classifier of the task's labels, or another model, which is fine-tuned."
     from ecomopt.core.train import finetune
-    if Path(model).exists() and _is_classifier(Path(model), task): return _classifier(model, task)
+    is_ready = Path(model).exists() and _is_classifier(Path(model), task)
+    if is_ready: return _classifier(model, task, max_length)
     _say(f"fine-tuning {model}")
-    return finetune(model, task, seed=seed)
+    return finetune(model, task, seed=seed, max_length=max_length)
 
 # %% ../../nbs/optimize/59_cli.ipynb #e2dfd058
 @app.command("measure")
@@ -203,6 +231,7 @@ def _measure(
     group: _Group = None,
     metric: _Metric = "accuracy",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    max_length: _Length = 128,
     threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
@@ -212,43 +241,42 @@ def _measure(
     """
     from ecomopt.core.measure import compare
     task = _task(data, text, label, group, metric)
+    _check_head(model, task)
     _say(f"measuring {model} on {len(getattr(task, split, []))} texts")
-    compared = compare({model: _classifier(model, task)}, task, split, threads=threads)
+    models = {model: _classifier(model, task, max_length)}
+    compared = compare(models, task, split, threads=threads)
     _print(compared.measurements[model].to_dict(), as_json, compared.table.T.to_string())
 
 # %% ../../nbs/optimize/59_cli.ipynb #544566b0
 @app.command("distill")
 def _distill(
-    teacher: _Model,
-    data: _Data,
-    out: _Out,
-    text: _Text = "text",
-    label: _Label = "label",
-    group: _Group = None,
+    teacher: Annotated[str, typer.Argument(help=_teacher_help, callback=_home)],
+    data: _Data, out: _Out, text: _Text = "text", label: _Label = "label", group: _Group = None,
     unlabelled: _Unlabelled = None,
-    layers: Annotated[int, typer.Option(help="To keep, of the teacher's.")] = 3,
-    augment: Annotated[int, typer.Option(help="Texts to add by n-gram augmentation.")] = 0,
-    epochs: Annotated[float, typer.Option(help="Passes over all texts.")] = 1.0,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    layers: Annotated[int, typer.Option(help="To keep, of the teacher's.", min=1)] = 3,
+    augment: Annotated[int, typer.Option(help="Texts to add, by n-grams.", min=0)] = 0,
+    epochs: Annotated[float, typer.Option(help="Passes over all texts, above 0.")] = 1.0,
+    seed: _Seed = 0, max_length: _Length = 128, as_json: _Json = False,
 ) -> None:
     """Distill a teacher into a student of fewer layers.
 
     Example: ecomopt distill teacher reviews.csv --layers 3 --augment 16000 --out student
     """
+    from ecomopt.core.checks import _positive_number
     from ecomopt.optimize.recipe import Recipe
-    options = dict(layers=layers, augment=augment, epochs=epochs)
+    options = dict(layers=layers, augment=augment, epochs=_positive_number(epochs, "--epochs"))
     task = _task(data, text, label, group, "accuracy", unlabelled)
-    _run_recipe(Recipe([{"distill": options}], seed), task, teacher, out, False)
-    _print_sizes(out, teacher, as_json)
+    before = _bytes_of(teacher)
+    _run_recipe(Recipe([{"distill": options}], seed), task, teacher, max_length, out, False)
+    _print_sizes(out, before, as_json)
 
 # %% ../../nbs/optimize/59_cli.ipynb #23819bf7
 @app.command("quantize")
 def _quantize(
-    model: Annotated[str, typer.Argument(help="An artifact.", metavar="MODEL")],
+    model: _Artifact,
     out: _Out,
-    bits: Annotated[int, typer.Option(help="Of the layers' weights, 2 to 8.")] = 8,
-    embedding_bits: Annotated[int, typer.Option(help="Of the embeddings, 2 to 8.")] = 8,
+    bits: Annotated[int, typer.Option(help="Of the layers' weights.", min=2, max=8)] = 8,
+    embedding_bits: Annotated[int, typer.Option(help="Of the embeddings.", min=2, max=8)] = 8,
     as_json: _Json = False,
 ) -> None:
     """Quantize an artifact's weights to integers.
@@ -257,21 +285,22 @@ def _quantize(
     """
     from ecomopt.compress.quantize import quantize
     from ecomopt.core.artifact import save
-    with _output(out):
-        options = {"bits": bits, "embedding_bits": embedding_bits}
-        small = quantize(_classifier(model), embedding_bits, bits=bits)
-        save(small, out, [{"quantize": options}])
-    _print_sizes(out, model, as_json)
+    before = _bytes_of(model)
+    options = {"bits": bits, "embedding_bits": embedding_bits}
+    with _output(out): save(quantize(_classifier(model), **options), out, [{"quantize": options}])
+    _print_sizes(out, before, as_json)
 
-# %% ../../nbs/optimize/59_cli.ipynb #72e5405f
+# %% ../../nbs/optimize/59_cli.ipynb #4f657cfa
 _recipes = typer.Typer(help="Recipes: chains of steps in a YAML file.", no_args_is_help=True)
 app.add_typer(_recipes, name="recipe")
 
 
-def _run_recipe(recipe: Any, task: Any, model: str, out: Path, measured: bool) -> Any:
+def _run_recipe(
+    recipe: Any, task: Any, model: str, max_length: int, out: Path, measured: bool
+) -> Any:
     "Run a recipe and save what it makes."
     with _output(out):
-        teacher = _teacher(model, task, recipe.seed)
+        teacher = _teacher(model, task, recipe.seed, max_length)
         def done(step): _say(f"  {step.name}: {step.seconds:.0f} s")
         result = recipe.run(task, teacher, measured, done)
         result.save(out)
@@ -284,7 +313,7 @@ def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
     data: _Data, out: _Out, model: _Teacher = "minilm",
     text: _Text = "text", label: _Label = "label", group: _Group = None,
-    unlabelled: _Unlabelled = None, as_json: _Json = False,
+    unlabelled: _Unlabelled = None, max_length: _Length = 128, as_json: _Json = False,
 ) -> None:
     """Run a recipe; what is in the cache is not computed again.
 
@@ -293,7 +322,7 @@ def _recipe_run(
     from ecomopt.optimize.recipe import Recipe
     chain = Recipe.from_yaml(recipe)
     task = _task(data, text, label, group, "accuracy", unlabelled)
-    result = _run_recipe(chain, task, model, out, True)
+    result = _run_recipe(chain, task, model, max_length, out, True)
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
 
@@ -317,7 +346,7 @@ _Latency = Annotated[float | None, typer.Option(help="Median of one text alone."
 _Bytes = Annotated[int | None, typer.Option(help="Of all files.")]
 _Minimize = Annotated[str, typer.Option(help="latency or bytes.")]
 _Budget = Annotated[str, typer.Option(help="For the search: 90s, 20min, 1.5h.")]
-_Jobs = Annotated[int, typer.Option(help="Trials at a time.")]
+_Jobs = Annotated[int, typer.Option(help="Trials at a time.", min=1, max=256)]
 
 # %% ../../nbs/optimize/59_cli.ipynb #54d4030d
 @app.command("optimize")
@@ -326,7 +355,8 @@ def _optimize(
     unlabelled: _Unlabelled = None, metric: _Metric = "accuracy", model: _Teacher = "minilm",
     max_drop: _Drop = 0.01, max_class_drop: _ClassDrop = 0.1, max_latency_ms: _Latency = None,
     max_bytes: _Bytes = None, minimize: _Minimize = "latency", budget: _Budget = "20min",
-    seed: _Seed = 0, threads: _Threads = None, jobs: _Jobs = 1, as_json: _Json = False,
+    max_length: _Length = 128, seed: _Seed = 0, threads: _Threads = None, jobs: _Jobs = 1,
+    as_json: _Json = False,
 ) -> None:
     """Make the fastest or smallest model that keeps a goal. Ctrl-C finishes with the best so far.
 
@@ -339,26 +369,37 @@ def _optimize(
     with _output(out):
         _check_out(_beside(out), out)
         task = _task(data, text, label, group, metric, unlabelled)
-        result = _searched(task, model, goal, seconds, seed, threads, jobs)
-        result.save(out)
+        result = _searched(task, model, max_length, goal, seconds, seed, threads, jobs)
+        _save(result, out)
     _print(*_summary(result, out, as_json))
     is_met = result.feasible and result.verdict.outcome != "not met"
     if not is_met: raise typer.Exit(1)
 
 # %% ../../nbs/optimize/59_cli.ipynb #86088ec3
 def _searched(
-    task: Any, model: str, goal: Any, seconds: float, seed: int, threads: int, jobs: int
+    task: Any, model: str, max_length: int, goal: Any, seconds: float, seed: int, threads: int,
+    jobs: int,
 ) -> Any:
     "The search, with a line for each trial."
     from ecomopt.optimize.optimize import optimize as search
     n, more = len(task.train), len(task.transfer)
     _say(f"{task.name}: {n} texts to train on, {more} without labels; {len(task.labels)} labels")
-    teacher = _teacher(model, task, seed)
+    teacher = _teacher(model, task, seed, max_length)
     _say(f"searching for {seconds:.0f} s; Ctrl-C ends with the best so far")
     show = partial(_show_trial, ends=time.perf_counter() + seconds)
     return search(task, teacher, goal, seconds, seed, threads, jobs, show)
 
 
+def _save(result: Any, out: Path) -> None:
+    "Save the result; where that fails, such as on a full disk, in the cache."
+    try: result.save(out)
+    except EcomoptError as error:
+        kept = cache_dir() / "unsaved" / time.strftime("%Y%m%d-%H%M%S")
+        result.save(kept)
+        do = f"The model is in {kept}. Move it from there."
+        raise EcomoptError(error.what, str(out), do) from error
+
+# %% ../../nbs/optimize/59_cli.ipynb #7c7bf5bb
 def _summary(result: Any, out: Path, as_json: bool) -> tuple[dict, bool, str]:
     "What is printed in the end; writes the report beside the artifact."
     from ecomopt.optimize.report import report
@@ -392,7 +433,7 @@ def _csv_rows(file: Any, column: str, usual: str = ",") -> Iterator[tuple[dict, 
     csv.field_size_limit(sys.maxsize)
     records = _records(file, _delimiter(file, usual, [column], "the file"), "the file")
     _, header = next(records, (1, []))
-    _check_columns(header, [column], "the file; see --text")
+    _check_columns(header, [column, *header], "the file; see --text")
     for line, record in records:
         row = dict(zip(header, record))
         if len(record) != len(header):
@@ -411,7 +452,8 @@ def _parquet_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     except ArrowInvalid as error:
         what = f"The file cannot be read: {_first_line(error)}"
         raise EcomoptError(what, "the Parquet file", "Write it again.") from error
-    _check_columns(table.schema_arrow.names, [column], "the file; see --text")
+    names = table.schema_arrow.names
+    _check_columns(names, [column, *names], "the file; see --text")
     for batch in table.iter_batches(1024):
         for row in batch.to_pylist(): yield row, "" if row[column] is None else str(row[column])
 
@@ -422,10 +464,11 @@ def _json_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
     for number, line in enumerate(file, 1):
         if not line.strip(): continue
         row = _json_object(line, f"line {number}")
-        if not isinstance(row.get(column), (str, int, float)):
+        found = "" if column in row and row[column] is None else row.get(column)
+        if not isinstance(found, (str, int, float)):
             what = f"The line has no text {column!r}."
             raise EcomoptError(what, f"line {number}", "Give the texts' name with --text.")
-        yield row, str(row[column])
+        yield row, str(found)
 
 
 def _line_rows(file: Any, column: str) -> Iterator[tuple[dict, str]]:
@@ -444,13 +487,29 @@ def _batches(rows: Iterable, size: int = 1024) -> Iterator[list]:
     rows = iter(rows)
     while batch := list(islice(rows, size)): yield batch
 
+
+def _kind(file: str, column: str | None) -> str:
+    "The format of a file, by its name; of what is piped in, lines."
+    if file != "-": return Path(file).suffix.lstrip(".").lower()
+    if column is None: return "lines"
+    raise EcomoptError("Lines of text have no columns.", "--text", "Add --format csv, say.")
+
 # %% ../../nbs/optimize/59_cli.ipynb #85fd5714
+def _piped(kind: str) -> Any:
+    "What is piped in; a table is copied first, because its reader goes back to the beginning."
+    if kind in ("lines", "jsonl"): return sys.stdin
+    copied = tempfile.TemporaryFile()
+    shutil.copyfileobj(sys.stdin.buffer, copied)
+    copied.seek(0)
+    return copied if kind == "parquet" else io.TextIOWrapper(copied, "utf-8-sig", newline="")
+
+
 def _source(file: str, kind: str) -> Any:
     "The stream to read."
     if kind not in _READERS:
-        do = "Give a .csv, .tsv, .parquet or .jsonl file, or pipe lines into -."
-        raise EcomoptError(f"The file type {kind!r} cannot be streamed.", file, do)
-    if file == "-": return sys.stdin
+        do = "Give a .csv, .tsv, .parquet or .jsonl file, pipe lines into -, or name a --format."
+        raise EcomoptError(f"The file type {kind!r} cannot be read.", file, do)
+    if file == "-": return _piped(kind)
     text = {} if kind == "parquet" else {"encoding": "utf-8-sig", "newline": ""}
     try: return Path(file).expanduser().open("r" if text else "rb", **text)
     except OSError as error:
@@ -458,9 +517,9 @@ def _source(file: str, kind: str) -> Any:
         raise EcomoptError(f"The file cannot be read: {error.strerror}.", file, do) from error
 
 
-def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
+# %% ../../nbs/optimize/59_cli.ipynb #f55a91b2
+def _write(rows: list[dict], as_json: bool, header: bool) -> None:
     "Rows to stdout, as JSON lines or CSV."
-    rows = list(rows)
     if as_json:
         for row in rows: print(json.dumps(row, ensure_ascii=False, default=str))
     else:
@@ -469,7 +528,22 @@ def _write(rows: Iterable[dict], as_json: bool, header: bool) -> None:
         writer.writerows(rows)
     sys.stdout.flush()
 
-# %% ../../nbs/optimize/59_cli.ipynb #f55a91b2
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    "An error in place of a traceback where stdout is a file on a full disk."
+    try: yield
+    except BrokenPipeError: raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        what = f"The rows cannot be written: {error.strerror}."
+        raise EcomoptError(what, "standard output", "Make room, and begin again.") from error
+
+# %% ../../nbs/optimize/59_cli.ipynb #9131cfe8
+_format_help = "csv, tsv, parquet, jsonl or lines; else what the name says."
+_Format = Annotated[str | None, typer.Option("--format", help=_format_help)]
+
+
 def _free(name: str, row: dict) -> str:
     "A name for a new column, if need be with predicted_ before it."
     return _free(f"predicted_{name}", row) if name in row else name
@@ -486,24 +560,25 @@ def _labelled(model: Any, batch: list) -> Iterator[dict]:
 # %% ../../nbs/optimize/59_cli.ipynb #6d220a88
 @app.command("predict")
 def _predict(
-    model: _Model,
+    model: _Artifact,
     file: Annotated[
         str, typer.Argument(help="A .csv, .tsv, .parquet or .jsonl file, or - for lines of text.")
     ] = "-",
-    text: _Text = "text",
+    text: Annotated[str | None, typer.Option(help="The column of the texts; text.")] = None,
+    kind: _Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines.")] = False,
 ) -> None:
     """Label texts of any number in constant memory; the rows come out with label and score.
 
     Example: zcat reviews.txt.gz | ecomopt predict small > labels.csv
     """
+    kind = kind or _kind(file, text)
     classifier, written = _classifier(model), 0
-    kind = "lines" if file == "-" else Path(file).suffix.lstrip(".").lower()
     with _source(file, kind) as source:
         try:
-            for batch in _batches(_READERS[kind](source, text)):
-                rows = _labelled(classifier, batch)
-                _write(rows, as_json or kind == "jsonl", header=not written)
+            for batch in _batches(_READERS[kind](source, text or "text")):
+                rows = [*_labelled(classifier, batch)]
+                with _output_errors(): _write(rows, as_json or kind == "jsonl", not written)
                 written += len(batch)
         except UnicodeDecodeError as error:
             do = "Save it as UTF-8, e.g. with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"

@@ -9,6 +9,7 @@ __all__ = ['Trial', 'OptimizeResult', 'optimize']
 import json
 import math
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -24,7 +25,7 @@ from joblib import Parallel, delayed
 # %% ../../nbs/optimize/54_optimize.ipynb #6118de61
 from .. import EcomoptError
 from ..core.artifact import file_bytes
-from ..core.checks import _check_one_process, _whole_number
+from ..core.checks import _CJK, _check_one_process, _whole_number
 from ..core.data import Task
 from ..core.generate import LanguageModel
 from ecomopt.core.measure import (
@@ -155,6 +156,11 @@ def _trained(
     return student, apply_steps(student, after, context), seconds
 
 
+def _rounds(task: Task, rate: float) -> int:
+    "In how many rounds the test split is timed, fewer if it is large; `rate`: sentences a second."
+    return max(1, min(5, int(60 * rate / len(task.test))))
+
+
 def _cost_key(steps: list[dict]) -> str:
     "Equal for recipes of equal costs: how they are trained makes no difference."
     return str(_untrained(steps))
@@ -246,7 +252,13 @@ class _Search:
         best = self.search.best()
         is_partly = best is not None and best.what and best.fraction < 1
         more = self.expected(best.what, best.fraction, 1.0) if is_partly else 0.0
-        return min(60.0, self.budget / 2) + more
+        return min(max(60.0, 40.0 + self.testing()), self.budget / 2) + more
+
+    def testing(self) -> float:
+        "Expected seconds in which teacher and winner answer the test texts."
+        passes = 2 + _rounds(self.task, self.teacher_costs["throughput"])
+        n = len(self.task.test) + sum(map(len, self.task.tests.values()))
+        return 2 * passes * n / self.teacher_costs["throughput"]
 
     def run(self) -> None:
         "Try candidates until the time is over; Ctrl-C ends the search as well."
@@ -363,6 +375,7 @@ class _Search:
             try: self.judge(candidate, trial, fraction, result[1])
             except Exception as error: why = _why_failed(error)
         if why: trial.status, trial.why, trial.model, candidate.out = "failed", why, None, why
+        if candidate.out: self.students.pop(id(candidate))
         if self.on_trial: self.on_trial(trial)
 
     def learn_speed(self, steps: list[dict], before: float, after: float, seconds: float) -> None:
@@ -437,6 +450,9 @@ class _Search:
             if not trial.is_complete:
                 self.train([(best, best.fraction)], complete=True)
                 continue
+            if trial.loss > self.goal.max_drop:
+                best.out = "its own estimate is above the drop that the goal allows"
+                continue
             gates = self.gates(trial)
             if self.keep(best, trial, gates): return trial, gates, True
         trial = self.closest()
@@ -485,17 +501,27 @@ def _attempted(*job) -> tuple | str:
     except Exception as error: return _why_failed(error)
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ab36948f
+_UNSPACED = re.compile(rf"[{_CJK}\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f]")  # also Thai, Lao, …
+
+
+def _has_no_spaces(texts: list[str]) -> bool:
+    "Whether most words are not apart: Chinese, Japanese, Thai, …; or there are none, as in emoji."
+    text = " ".join(texts)
+    words = re.findall(r"(?u)\b\w\w+\b", text)
+    return not words or len(_UNSPACED.findall(text)) > len("".join(words)) / 2
+
+# %% ../../nbs/optimize/54_optimize.ipynb #e085b4dd
 def _tfidf(task: Task, texts: list[str], actual: np.ndarray) -> dict:
     "TF-IDF and logistic regression: quality on the test texts, sentences a second, bytes."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
+    train = list(task.train["text"])
     options = dict(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000)
-    words = TfidfVectorizer(**options)
-    try: words.fit(task.train["text"])
-    except ValueError: words = TfidfVectorizer(analyzer="char", **options)  # no words: emoji, say
-    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
-    model.fit(list(task.train["text"]), list(task.train["label"]))
+    if _has_no_spaces(train): options |= dict(analyzer="char", ngram_range=(1, 3))
+    model = make_pipeline(
+        TfidfVectorizer(**options), LogisticRegression(C=10.0, max_iter=1000)
+    ).fit(train, list(task.train["label"]))
     start = time.perf_counter()
     found = model.predict(texts)
     seconds = time.perf_counter() - start
@@ -542,7 +568,8 @@ def _step_gains(search: _Search, trial: Trial) -> list[dict]:
     before, after = _split(trial.steps)
     parts = rung(before, trial.fraction or 1.0, _RUNGS) + after
     for step, following in zip(parts, [*parts[1:], {}]):
-        model = apply_steps(model, [step], search.context) if following else trial.model
+        try: model = apply_steps(model, [step], search.context) if following else trial.model
+        except Exception: break  # noqa: S112 -- the winner does not depend on it
         name, options = next(iter(step.items()))
         if name not in following: rows.append(_gained(search, name, options, model))
     return rows
@@ -692,7 +719,8 @@ def _tested(search: _Search, trial: Trial) -> tuple[Verdict, dict]:
     "Everything that is measured on the test split and sets, once, for the winner."
     task, teacher, margin = search.task, search.context.teacher, search.goal.max_drop
     pair = {"teacher": teacher, "winner": trial.model}
-    compared = compare(pair, task, "test", threads=search.threads, memory=False)
+    rounds = _rounds(task, search.teacher_costs["throughput"])
+    compared = compare(pair, task, "test", rounds, search.threads, memory=False)
     texts = [text for part in (task.test, *task.tests.values()) for text in part["text"]]
     actual = compared.actual.to_numpy()
     first, second = (compared.answers[name].to_numpy() for name in pair)

@@ -44,24 +44,39 @@ from ..core.assets import _user_path, cached
 from ..core.checks import _check_one_process, _first_line, _unknown, _whole_number
 from ..core.data import Task
 from ..core.measure import _check, compare
+from ..core.pretrained import _permute_classes
 from ..core.steps import register_step, step_kind
 from ..core.train import Classifier, _trains_in_bfloat16, finetune, fingerprint
 
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
+def _in_order(teacher: Classifier, labels: list[str]) -> Classifier:
+    "The teacher, or a copy of it whose classes are in the order of these labels."
+    is_other = type(teacher) is Classifier and list(teacher.labels) != list(labels)
+    if not is_other or sorted(teacher.labels) != sorted(labels): return teacher
+    model = copy.deepcopy(teacher.model)
+    _permute_classes(model, [teacher.labels.index(label) for label in labels])
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: i for i, label in enumerate(labels)}
+    return replace(teacher, model=model)
+
+# %% ../../nbs/optimize/50_recipe.ipynb #6cb45807
 @dataclass(frozen=True)
 class StepContext:
     "What a step may use besides the model."
     task: Task           # its train, valid and transfer splits
-    teacher: Classifier  # the model that the recipe began with
+    teacher: Classifier  # that the recipe begins with; its classes are put in the task's order
     seed: int = 0        # of everything that is random
     converted: dict = field(default_factory=dict, compare=False)  # teachers, for other recipes
+
+    def __post_init__(self):
+        object.__setattr__(self, "teacher", _in_order(self.teacher, self.task.labels))
 
 
 def _texts(context: StepContext) -> list[str]:
     "All texts that models may be trained on."
     return [*context.task.train["text"], *context.task.transfer["text"]]
 
-
+# %% ../../nbs/optimize/50_recipe.ipynb #23926be8
 def _frequent_words(texts: list[str], min_count: int) -> list[str]:
     "The texts themselves; or, for more than 1, the words that occur so often in them."
     if _whole_number(min_count, "min_count") == 1: return texts
@@ -129,8 +144,9 @@ def _keep_layers(model, context, *, layers: int = 3): return keep_layers(model, 
 def _static(
     model, context, *, width: int = 128, buckets: int = 2**15, ngrams: int = 2, min_count: int = 1,
 ):
-    texts = _frequent_words(_texts(context), min_count)
-    return static_model(model, texts, width, buckets, ngrams, seed=context.seed)
+    texts = _texts(context)
+    words = _frequent_words(texts, min_count)
+    return static_model(model, texts, width, buckets, ngrams, seed=context.seed, words=words)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #1bac9b62
 @register_step(
