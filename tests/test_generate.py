@@ -71,6 +71,17 @@ def test_stop_tokens(ends, expected):
     assert lm.stop == expected
 
 
+def test_the_end_of_a_turn_ends_a_text(tmp_path):
+    lm = tiny.language_model()
+    lm.model.config.eos_token_id = 3
+    lm.model.generation_config.eos_token_id = [3, 7]
+    lm.model.save_pretrained(tmp_path / "chat")
+    lm.tokenizer.save_pretrained(tmp_path / "chat")
+    found = load_language_model(tmp_path / "chat")
+    assert {3, 7} <= found.stop
+    assert load(save(found, tmp_path / "artifact")).stop == found.stop
+
+
 def test_the_order_of_answers_is_that_of_the_prompts(lm):
     assert lm.generate(TEXTS, 5, batch_size=2) == [lm.generate([text], 5)[0] for text in TEXTS]
 

@@ -348,6 +348,12 @@ def test_the_best_model_may_not_be_the_pruned_one(tmp_path):
         )
 
 
+def test_the_best_epoch_may_not_be_the_pruned_one(tmp_path):
+    path = tiny.written(tiny.classifier(), tmp_path / "model")
+    options = dict(epochs=1, select_best=True, callbacks=[PruneCallback(0.8)], cache=False)
+    with pytest.raises(EcomoptError, match="select_best"): finetune(path, tiny.task(), **options)
+
+
 @pytest.mark.parametrize("refuse", [lambda c: prune(c, 0.5), lambda c: compute_sparsity(c.model)])
 def test_unsupported_models_are_refused(refuse):
     words = tiny.tokenizer()

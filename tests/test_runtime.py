@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ecomopt import EcomoptError
 from ecomopt.accelerate import runtime
@@ -20,7 +21,7 @@ from ecomopt.accelerate.runtime import GraphRuntime, best_runtime, convert
 from ecomopt.compress.quantize import quantize
 from ecomopt.core.artifact import load, save
 from ecomopt.core.measure import count_macs, count_parameters
-from ecomopt.core.train import fingerprint, supports_bfloat16
+from ecomopt.core.train import Classifier, fingerprint, supports_bfloat16
 
 TEXTS = ["the battery is great", "bad", "a phone works very good not bad", "screen broke", "love it"]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 2e-2}
@@ -274,3 +275,13 @@ def test_only_what_is_slow_in_batches_and_alone_is_dropped(monkeypatch):
     models, failed = dict.fromkeys(rates), {}
     runtime._drop_slow(models, failed, ["good"])
     assert [*models] == [runtime._BASELINE, "fast alone"] and [*failed] == ["slow"]
+
+
+def test_frequencies_of_positions_are_not_rounded():
+    words, sizes = tiny.tokenizer(), dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=len(words), intermediate_size=96, pad_token_id=0, **sizes)
+    llama = Classifier(LlamaForSequenceClassification(config).eval(), words)
+    rounded = runtime._in_torch(llama, "bfloat16")
+    exact, found = (model.model.rotary_emb.inv_freq for model in (llama.model, rounded))
+    assert torch.equal(exact, found) and found.dtype == torch.float32
+    assert rounded.score.weight.dtype == torch.bfloat16 and llama.model.score.weight.dtype == torch.float32

@@ -12,10 +12,11 @@ from tokenizers import normalizers, processors
 from transformers import TrainerCallback, TrainingArguments
 
 from ecomopt import EcomoptError
+from ecomopt.compress.qat import prepare_qat
 from ecomopt.compress.structured import prune_structured
 from ecomopt.core import train
 from ecomopt.core.artifact import load, save
-from ecomopt.core.pretrained import _padded
+from ecomopt.core.pretrained import _padded, _permute_classes
 from ecomopt.core.train import finetune, fingerprint, load_model, training_arguments
 
 
@@ -138,6 +139,40 @@ def test_a_pickled_checkpoint_is_refused(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     torch.save(weights, checkpoint / "pytorch_model.bin")
     with pytest.raises(EcomoptError, match="safetensors"): load_model(checkpoint, ("negative", "positive"))
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_says_so_each_time(checkpoint, tmp_path):
+    for _ in range(2):
+        with pytest.raises(EcomoptError, match="diverged"):
+            finetune(checkpoint, tiny.task(), epochs=1, learning_rate=1e30)
+    assert not list((tmp_path / "cache").glob("finetune/*/*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("version https://git-lfs.github.com/spec/v1"),
+                                    lambda file: file.write_bytes(file.read_bytes()[:1000])])
+def test_a_damaged_checkpoint_is_named(checkpoint, damage):
+    damage(checkpoint / "model.safetensors")
+    with pytest.raises(EcomoptError, match="cannot be loaded"): load_model(checkpoint, ["negative", "positive"])
+
+
+def test_an_evaluation_while_training_is_refused():
+    with pytest.raises(EcomoptError, match="select_best"): training_arguments(1, 1e-4, 8, 0, eval_strategy="epoch")
+
+
+def test_classes_that_differ_only_in_case_stay_apart(tmp_path):
+    model = tiny.classifier(labels=("A", "B", "a"))
+    path = tiny.written(model, tmp_path / "model")
+    assert torch.equal(load_model(path, ["A", "B", "a"]).logits(["good"]), model.logits(["good"]))
+    with pytest.warns(UserWarning, match="new head"): load_model(path, ["B", "A", "a"])
+
+
+def test_only_plain_heads_are_put_in_order():
+    turned = tiny.classifier()
+    before = turned.logits(["good"])
+    _permute_classes(turned.model, [1, 0])
+    assert torch.equal(turned.logits(["good"]), before.flip(1))
+    with pytest.raises(EcomoptError, match="rows"): _permute_classes(prepare_qat(turned).model, [1, 0])
 
 
 def test_three_classes(checkpoint):

@@ -133,8 +133,8 @@ def _batches(classifier: Classifier, task: Task, size: int, seed: int, epochs: i
     result = []
     rows = classifier.encode(task.train["text"][:])
     order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for part in torch.randperm(len(rows), generator=order).split(size):
+    for _ in range(int(epochs)):
+        for part in torch.randperm(len(rows), generator=order).split(int(size)):
             batch = _padded(classifier.tokenizer, [rows[i] for i in part])
             result.append(
                 {**batch, "labels": torch.tensor([task.train["label"][i] for i in part.tolist()])}

@@ -499,8 +499,10 @@ def _examples(classifier: Classifier, texts: list[str]) -> list[dict]:
 def _in_torch(classifier: Classifier, precision: str) -> PreTrainedModel:
     "A copy of the model in another precision."
     if precision == "int8": return quantize(classifier).model
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return copy.deepcopy(classifier.model).to(dtype)
+    model = copy.deepcopy(classifier.model).to(getattr(torch, precision))
+    exact = {n: b for n, b in classifier.model.named_buffers() if n not in model.state_dict()}
+    for name, buffer in exact.items(): model.get_buffer(name).data = buffer.clone()  # frequencies
+    return model
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #55299645
 class _Traced(TorchRuntime):
@@ -594,7 +596,7 @@ def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
 
     Thread(target=work, daemon=True).start()
     try: result, error = answer.get(timeout=seconds)
-    except Empty: raise TimeoutError(f"it took longer than {seconds:g} s") from None
+    except Empty: raise TimeoutError(f"it took longer than {seconds:g} s, and goes on") from None
     if error: raise error
     return result
 

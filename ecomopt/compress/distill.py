@@ -485,7 +485,7 @@ def _distill(
     key = dict(loss, teacher=fingerprint(teacher), student=fingerprint(student))
     key["data"] = _digest(list(data))
     student = _trainable_copy(student)
-    if select_best: callbacks = [*callbacks, _BestEpoch(student, task)]
+    if select_best: callbacks = [*callbacks, _BestEpoch(student, task, callbacks)]
     train = partial(_train, teacher, student, *data, args, loss, callbacks)
     with _training: path = _cached_training("distill", key, args, callbacks, train)
     result = load(path / "student")

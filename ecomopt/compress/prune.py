@@ -338,6 +338,7 @@ def _check_schedule(
 # %% ../../nbs/compress/21_prune.ipynb #dc8a7144
 class PruneCallback(MaskCallback):
     "Prune gradually during a training, and keep at zero what is zero (Zhu and Gupta 2017)."
+    is_gradual = True  # earlier epochs are not pruned as far: no best one may be kept
 
     def __init__(
         self,

@@ -131,5 +131,4 @@ def _fork_safe_lock() -> threading.RLock:
 def _check_one_process(what: str) -> None:
     "Raise under torchrun, where each process would do for itself what is to be done once."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
-    do = "Start it with python; its trainings may be run with torchrun before, and are found."
-    raise EcomoptError(f"{what} runs in one process.", "torchrun", do)
+    raise EcomoptError(f"{what} runs in one process.", "torchrun", "Start it with python.")

@@ -203,6 +203,18 @@ def _checkpoint(name: str | Path) -> str | Path:
 
 
 # %% ../../nbs/core/15_generate.ipynb #5bd1c0e2
+def _ends(config: object) -> list[int]:
+    "The tokens that end a text, of a configuration."
+    ends = getattr(config, "eos_token_id", None)
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def _take_all_ends(model: PreTrainedModel) -> None:
+    "Add those of the generation's configuration, where chat models have the end of a turn."
+    more = {*_ends(model.generation_config)} - {*_ends(model.config)}
+    if more: model.config.eos_token_id = [*_ends(model.config), *sorted(more)]
+
+# %% ../../nbs/core/15_generate.ipynb #116dbe4a
 def _load(name: str | Path, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "Model and tokenizer of a checkpoint; code that lies beside it is never run."
     home = _checkpoint(name)
@@ -211,6 +223,7 @@ def _load(name: str | Path, where: str) -> tuple[PreTrainedModel, PreTrainedToke
     model, found = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, **options)
     _check_weights(model, found, True, where)
     _check_finite_weights(model, where)
+    _take_all_ends(model)
     tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())

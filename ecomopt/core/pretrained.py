@@ -73,15 +73,17 @@ def _class_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] |
     is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
     numbered = [f"label_{i}" for i in range(len(labels))]
     if names is None and sorted(wanted) == sorted(numbered): names = numbered
-    if names is None or not is_classifier: return list(range(len(labels)))
-    if sorted(names) != sorted(wanted): return None
+    same = [*config.id2label.values()] == list(labels)
+    if same or names is None or not is_classifier: return list(range(len(labels)))
+    if sorted(names) != sorted(wanted) or len({*names}) < len(names): return None
     return [names.index(label) for label in wanted]
 
 # %% ../../nbs/core/03_pretrained.ipynb #222b0a1f
 def _permute_classes(model: PreTrainedModel, order: list[int]) -> None:
     "Put the rows of the last linear layer into another order."
+    def has_rows(m): return not [*m.buffers()] and all(len(p) == len(order) for p in m.parameters())
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    heads = [m for name, m in linears if _is_head(model, name) and m.out_features == len(order)]
+    heads = [m for name, m in linears if _is_head(model, name) and has_rows(m)]
     if not heads:
         what = f"{type(model).__name__} has no linear layer whose rows are the classes."
         raise EcomoptError(what, "labels", "Pass the labels in the order of the checkpoint.")

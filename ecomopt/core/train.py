@@ -151,7 +151,8 @@ def load_model(
     try:
         model = pretrained._load_pretrained(AutoModelForSequenceClassification, path, labels)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except EcomoptError: raise
+    except Exception as error:  # readers of files and configurations raise many kinds
         raise EcomoptError(
             f"The model cannot be loaded: {_first_line(error)}",
             f"model {str(name)!r}",
@@ -223,6 +224,9 @@ def _check_arguments(numbers: dict, processes: int, others: dict) -> dict:
     names = [field.name for field in fields(TrainingArguments)]
     for name in others.keys() - set(names):
         raise _unknown("argument", name, [*numbers, *names], "TrainingArguments")
+    if others.get("eval_strategy", "no") != "no":
+        what = "There is no evaluation while a model is trained."
+        raise EcomoptError(what, "argument eval_strategy", "Use select_best=True.")
     return numbers
 
 # %% ../../nbs/core/12_train.ipynb #169cbb00
@@ -234,6 +238,7 @@ def _default_arguments() -> dict:
         report_to="none",
         logging_strategy="no",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
         train_sampling_strategy="group_by_length",
         warmup_steps=0.1,
         weight_decay=0.01,
@@ -391,7 +396,7 @@ def finetune(
         set_seed(args.seed)
         classifier = load_model(model, task.labels, max_length)
         weights = _class_weights(list(task.train["label"]), len(task.labels), class_weights)
-        if select_best: callbacks = [*callbacks, _BestEpoch(classifier, task)]
+        if select_best: callbacks = [*callbacks, _BestEpoch(classifier, task, callbacks)]
         result = _finetune(classifier, task, args, weights, list(callbacks), cache)
     _warn_unpredicted(result, task)
     return result

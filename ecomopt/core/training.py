@@ -46,6 +46,7 @@ def _training_config(args: TrainingArguments, callbacks: Sequence = ()) -> dict:
     plain = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
     plain["use_cpu"] = False  # it was given above because making arguments sets the device for all
     changed = {name: value for name, value in args.to_dict().items() if value != plain[name]}
+    changed.pop("logging_nan_inf_filter", None)  # it changes what is said of a training alone
     specs = [[type(c).__qualname__, c.spec() if hasattr(c, "spec") else {}] for c in callbacks]
     return {**changed, "callbacks": specs}
 
@@ -79,7 +80,7 @@ def _class_weights(
     if is_balanced:
         what = f"Class number {counts.index(0)} has no text in the train split."
         raise EcomoptError(what, "argument class_weights", "Leave class_weights out.")
-    if isinstance(given, str) or len(given) != C:
+    if isinstance(given, (str, int, float)) or len(given) != C:
         what, where = f"class_weights is {given!r}.", "argument class_weights"
         raise EcomoptError(what, where, f"Give 'balanced', or {C} numbers: one for each class.")
     weights = [_positive_number(weight, "class_weights") for weight in given]
@@ -97,8 +98,11 @@ def _warn_missing(who: str, actual: Sequence[str], predicted: Sequence[str]) -> 
 class _BestEpoch(TrainerCallback):
     "Keeps the weights of the epoch with the best score on the valid split."
 
-    def __init__(self, classifier: object, task: object):
+    def __init__(self, classifier: object, task: object, callbacks: Sequence = ()):
         self.classifier, self.task = classifier, task
+        if any(getattr(callback, "is_gradual", False) for callback in callbacks):
+            what = "The best epoch may be one before the last change of the model."
+            raise EcomoptError(what, "argument select_best", "Leave it out, or the callback.")
         if len(task.valid): return
         do = "Leave select_best out, or split the task with valid above 0."
         raise EcomoptError("The valid split is empty.", "argument select_best", do)
