@@ -42,6 +42,7 @@ from ecomopt.compress.distill import keep_layers
 from ecomopt.core import train
 from ecomopt.core.artifact import disk_bytes, file_bytes
 from ecomopt.core.steps import _KINDS, step_kinds
+from ecomopt.core.train import fingerprint
 from ecomopt.optimize import cli, recipe
 from ecomopt.optimize import optimize as module
 from ecomopt.optimize.candidates import _gate, search_space
@@ -241,6 +242,21 @@ def test_texts_without_words_have_a_baseline():
 ])
 def test_scripts_without_spaces_are_counted_by_characters(texts, expected):
     assert module._has_no_spaces(texts) == expected
+
+
+def test_students_learn_from_the_mean_of_several_teachers(task, teacher, no_fresh_process, few_trials):
+    other = tiny.classifier(seed=5)
+    found = optimize(task, [teacher, other], Goal(max_drop=0.3), "5s")
+    assert any("mean of 2 teachers" in note for note in found.data["notes"])
+    context = StepContext(task, teacher, more_teachers=(other,))
+    texts = task.valid["text"][:8]
+    mean = torch.stack([teacher.logits(texts), other.logits(texts)]).mean(0)
+    torch.testing.assert_close(context.mean_teacher.logits(texts), mean)
+    steps = Recipe([{"distill": {"layers": 1}}])
+    alone, both = (steps.run(task, model, measure=False).model for model in (teacher, [teacher, other]))
+    assert fingerprint(alone) != fingerprint(both)
+    for wrong in ([], [teacher, "minilm"], [teacher, tiny.classifier(labels=("a", "b"))]):
+        with pytest.raises(EcomoptError): optimize(task, wrong, Goal(), "5s")
 
 
 def test_a_large_test_split_is_timed_in_fewer_rounds(task):
@@ -492,13 +508,14 @@ def test_a_directory_without_a_head_for_these_labels_is_fine_tuned(task, teacher
         for key, value in config.items(): setattr(model.config, key, value)
         model.save_pretrained(tmp_path / name)
         teacher.tokenizer.save_pretrained(tmp_path / name)
-        return cli._teacher(str(tmp_path / name), task, 0, 128)
+        return cli._teachers(str(tmp_path / name), task, 0, 128)[0]
     model = copy.deepcopy(teacher.model)
     assert taught("classifier", model).predict(["good"]) == teacher.predict(["good"])
     assert taught("encoder", model.base_model) == (str(tmp_path / "encoder"), task)
     assert taught("other", model, id2label={0: "spam", 1: "ham"}) == (str(tmp_path / "other"), task)
     save(teacher, tmp_path / "artifact")
-    assert cli._teacher(str(tmp_path / "artifact"), task, 0, 128).labels == task.labels
+    assert cli._teachers(str(tmp_path / "artifact"), task, 0, 128)[0].labels == task.labels
+    with pytest.raises(EcomoptError, match="--teachers"): cli._teachers(str(tmp_path / "artifact"), task, 0, 128, 3)
 
 
 def test_exit_code_1_where_the_test_split_refutes_the_goal(shop, monkeypatch, tmp_path):
@@ -533,17 +550,17 @@ def test_a_result_that_cannot_be_saved_is_kept_elsewhere(shop, result, monkeypat
     ("distill", "teacher", *COLUMNS, "--epochs", "-1", "--out", "never"), ("predict", "teacher", "-", "--text", "a"),
 ])
 def test_numbers_and_models_are_checked_before_any_work(shop, monkeypatch, words):
-    monkeypatch.setattr(cli, "_teacher", None)
+    monkeypatch.setattr(cli, "_teachers", None)
     monkeypatch.setattr(train, "load_model", None)
     ran = invoke(shop, *words)
     assert ran.exit_code == 2 and "Traceback" not in ran.stderr and not (shop / "never").exists(), ran.stderr
 
 
 def test_texts_are_as_long_as_the_command_says(task, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(train, "finetune", lambda *given, **options: seen.update(options))
-    cli._teacher("minilm", task, 0, 64)
-    assert seen["max_length"] == 64
+    seen = []
+    monkeypatch.setattr(train, "finetune", lambda *given, **options: seen.append(options))
+    cli._teachers("minilm", task, 5, 64, 3)
+    assert [(one["seed"], one["max_length"]) for one in seen] == [(5, 64), (6, 64), (7, 64)]
 
 
 def test_an_unforeseen_fault_is_exit_code_3(shop, monkeypatch):

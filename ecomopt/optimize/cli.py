@@ -183,6 +183,8 @@ _threads_help = "Of torch; 2, or fewer if torch uses fewer."
 _Threads = Annotated[int | None, typer.Option(help=_threads_help, min=1)]
 _length_help = "Tokens of a text; longer ones are truncated. An artifact has its own."
 _Length = Annotated[int, typer.Option(help=_length_help, min=1)]
+_teachers_help = "Fine-tunings to make; students learn from their mean."
+_Teachers = Annotated[int, typer.Option(help=_teachers_help, min=1, max=20)]
 
 
 def _print_sizes(out: Path, before: dict, as_json: bool) -> None:
@@ -213,13 +215,16 @@ def _is_classifier(path: Path, task: Any) -> bool:
     return has_head and bool(fits)
 
 
-def _teacher(model: str, task: Any, seed: int, max_length: int) -> Any:
-    "A classifier of the task's labels, or another model, which is fine-tuned."
+def _teachers(model: str, task: Any, seed: int, max_length: int, n: int = 1) -> list:
+    "A classifier of the task's labels, or n fine-tunings of another model."
     from ecomopt.core.train import finetune
     is_ready = Path(model).exists() and _is_classifier(Path(model), task)
-    if is_ready: return _classifier(model, task, max_length)
-    _say(f"fine-tuning {model}")
-    return finetune(model, task, seed=seed, max_length=max_length)
+    if is_ready and n == 1: return [_classifier(model, task, max_length)]
+    if is_ready:
+        what = "It is fine-tuned already, so there is one teacher."
+        raise EcomoptError(what, "--teachers", "Name the encoder that it was made of.")
+    _say(f"fine-tuning {model}" + f", {n} times" * (n > 1))
+    return [finetune(model, task, seed=seed + i, max_length=max_length) for i in range(n)]
 
 # %% ../../nbs/optimize/59_cli.ipynb #e2dfd058
 @app.command("measure")
@@ -296,11 +301,12 @@ app.add_typer(_recipes, name="recipe")
 
 
 def _run_recipe(
-    recipe: Any, task: Any, model: str, max_length: int, out: Path, measured: bool
+    recipe: Any, task: Any, model: str, max_length: int, out: Path, measured: bool,
+    teachers: int = 1,
 ) -> Any:
     "Run a recipe and save what it makes."
     with _output(out):
-        teacher = _teacher(model, task, recipe.seed, max_length)
+        teacher = _teachers(model, task, recipe.seed, max_length, teachers)
         def done(step): _say(f"  {step.name}: {step.seconds:.0f} s")
         result = recipe.run(task, teacher, measured, done)
         result.save(out)
@@ -313,7 +319,8 @@ def _recipe_run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with seed and steps.")],
     data: _Data, out: _Out, model: _Teacher = "minilm",
     text: _Text = "text", label: _Label = "label", group: _Group = None,
-    unlabelled: _Unlabelled = None, max_length: _Length = 128, as_json: _Json = False,
+    unlabelled: _Unlabelled = None, teachers: _Teachers = 1, max_length: _Length = 128,
+    as_json: _Json = False,
 ) -> None:
     """Run a recipe; what is in the cache is not computed again.
 
@@ -322,7 +329,7 @@ def _recipe_run(
     from ecomopt.optimize.recipe import Recipe
     chain = Recipe.from_yaml(recipe)
     task = _task(data, text, label, group, "accuracy", unlabelled)
-    result = _run_recipe(chain, task, model, max_length, out, True)
+    result = _run_recipe(chain, task, model, max_length, out, True, teachers)
     rows = result.table.reset_index(names="step").to_dict("records")
     _print({"steps": rows}, as_json, result.table.to_string())
 
@@ -355,8 +362,8 @@ def _optimize(
     unlabelled: _Unlabelled = None, metric: _Metric = "accuracy", model: _Teacher = "minilm",
     max_drop: _Drop = 0.01, max_class_drop: _ClassDrop = 0.1, max_latency_ms: _Latency = None,
     max_bytes: _Bytes = None, minimize: _Minimize = "latency", budget: _Budget = "20min",
-    max_length: _Length = 128, seed: _Seed = 0, threads: _Threads = None, jobs: _Jobs = 1,
-    as_json: _Json = False,
+    teachers: _Teachers = 1, max_length: _Length = 128, seed: _Seed = 0, threads: _Threads = None,
+    jobs: _Jobs = 1, as_json: _Json = False,
 ) -> None:
     """Make the fastest or smallest model that keeps a goal. Ctrl-C finishes with the best so far.
 
@@ -369,7 +376,7 @@ def _optimize(
     with _output(out):
         _check_out(_beside(out), out)
         task = _task(data, text, label, group, metric, unlabelled)
-        result = _searched(task, model, max_length, goal, seconds, seed, threads, jobs)
+        result = _searched(task, (model, teachers, max_length), goal, seconds, seed, threads, jobs)
         _save(result, out)
     _print(*_summary(result, out, as_json))
     is_met = result.feasible and result.verdict.outcome != "not met"
@@ -377,14 +384,14 @@ def _optimize(
 
 # %% ../../nbs/optimize/59_cli.ipynb #86088ec3
 def _searched(
-    task: Any, model: str, max_length: int, goal: Any, seconds: float, seed: int, threads: int,
-    jobs: int,
+    task: Any, models: tuple, goal: Any, seconds: float, seed: int, threads: int, jobs: int
 ) -> Any:
     "The search, with a line for each trial."
     from ecomopt.optimize.optimize import optimize as search
     n, more = len(task.train), len(task.transfer)
     _say(f"{task.name}: {n} texts to train on, {more} without labels; {len(task.labels)} labels")
-    teacher = _teacher(model, task, seed, max_length)
+    model, n_teachers, max_length = models
+    teacher = _teachers(model, task, seed, max_length, n_teachers)
     _say(f"searching for {seconds:.0f} s; Ctrl-C ends with the best so far")
     show = partial(_show_trial, ends=time.perf_counter() + seconds)
     return search(task, teacher, goal, seconds, seed, threads, jobs, show)

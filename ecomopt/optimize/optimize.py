@@ -37,7 +37,7 @@ from ecomopt.core.measure import (
     time_interleaved,
 )
 from ..core.pretrained import _token_ids
-from ..core.train import Classifier, finetune
+from ..core.train import Classifier
 from ..core.verdict import Verdict, noninferiority_test
 
 # %% ../../nbs/optimize/54_optimize.ipynb #ff9fb270
@@ -61,7 +61,7 @@ from ecomopt.optimize.candidates import (
     search_space,
 )
 from .language import LanguageResult, optimize_language_model
-from .recipe import Recipe, StepContext
+from .recipe import Recipe, StepContext, _Teacher, _teachers
 from .report import _ms, _save_reported, _size
 from ..tune.constrained import Candidate, ConstrainedSearch, pareto_front
 
@@ -245,7 +245,8 @@ class _Search:
     def answering(self, steps: list[dict], after: float) -> float:
         "Expected seconds in which the teacher answers those that no training asked for."
         new = np.maximum(0, self.texts_of(steps, after) - self.answered).sum()
-        return new / self.teacher_costs["throughput"]
+        n_teachers = 1 + len(self.context.more_teachers)
+        return new * n_teachers / self.teacher_costs["throughput"]
 
     def reserve(self) -> float:
         "Seconds for the end of the search: training the best on all texts, and the report."
@@ -650,6 +651,8 @@ def _notes(search: _Search, trial: Trial, against: Verdict) -> list[str]:
     elif against.outcome != "not met":
         notes.append("The test split is too small to tell whether TF-IDF would do as well.")
     notes += _unbalanced(search.task)
+    n = 1 + len(search.context.more_teachers)
+    if n > 1: notes.append(f"Students learned from the mean of {n} teachers, of which this is one.")
     if search.impossible: notes.append(search.impossible)
     if search.is_interrupted: notes.append("The search was interrupted; this is the best so far.")
     return notes
@@ -785,7 +788,7 @@ def _check_task(task: Task, goal: Goal) -> None:
 # %% ../../nbs/optimize/54_optimize.ipynb #8752dc97
 def optimize(
     task: Task | Sequence[str],  # valid chooses, test reports; or prompts, of a language model
-    model: str | Path | Classifier | LanguageModel | None = None,  # minilm; a name is fine-tuned
+    model: _Teacher | LanguageModel | None = None,  # minilm; a name is fine-tuned; several teach
     goal: Goal = Goal(),  # what must hold, and what to minimize
     budget: float | str = "20min",  # for the search, without fine-tuning the teacher
     seed: int = 0,  # of everything that is random
@@ -801,8 +804,8 @@ def optimize(
     _check_task(task, goal)
     seconds = parse_budget(budget)
     with _threads(threads) as threads:
-        if not isinstance(model, Classifier): model = finetune(model or "minilm", task, seed=seed)
-        context = StepContext(task, model, _whole_number(seed, "seed", 0, 2**32 - 1))
+        teacher, *others = _teachers("minilm" if model is None else model, task, seed)
+        context = StepContext(task, teacher, _whole_number(seed, "seed", 0, 2**32 - 1), tuple(others))
         search = _Search(context, goal, seconds, threads, n_jobs, on_trial)
         search.run()
         try: return _finished(search)

@@ -14,7 +14,7 @@ import random
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,7 @@ from datasets.fingerprint import Hasher
 from .. import EcomoptError
 from ..accelerate.cascade import fit_cascade
 from ..accelerate.runtime import convert
+from ..compress.augment import Ensemble
 from ..compress.calibrate import calibrate
 from ..compress.distill import distill, keep_layers, ngram_augment
 from ..compress.prune import PruneCallback, prune
@@ -39,6 +40,8 @@ from ..compress.quantize import quantize
 from ..compress.share import codebooks_to_int8, share_weights
 from ..compress.static import static_model
 from ..compress.structured import prune_structured
+
+# %% ../../nbs/optimize/50_recipe.ipynb #75bd3348
 from ..core.artifact import load, save
 from ..core.assets import _user_path, cached
 from ..core.checks import _check_one_process, _first_line, _unknown, _whole_number
@@ -46,7 +49,13 @@ from ..core.data import Task
 from ..core.measure import _check, compare
 from ..core.pretrained import _permute_classes
 from ..core.steps import register_step, step_kind
-from ..core.train import Classifier, _trains_in_bfloat16, finetune, fingerprint
+from ecomopt.core.train import (
+    Classifier,
+    _check_classifier,
+    _trains_in_bfloat16,
+    finetune,
+    fingerprint,
+)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
 def _in_order(teacher: Classifier, labels: list[str]) -> Classifier:
@@ -66,10 +75,16 @@ class StepContext:
     task: Task           # its train, valid and transfer splits
     teacher: Classifier  # that the recipe begins with; its classes are put in the task's order
     seed: int = 0        # of everything that is random
+    more_teachers: tuple[Classifier, ...] = ()  # other fine-tunings: students learn from the mean
     converted: dict = field(default_factory=dict, compare=False)  # teachers, for other recipes
+    mean_teacher: Classifier = field(init=False, repr=False)  # what students learn from
 
     def __post_init__(self):
-        object.__setattr__(self, "teacher", _in_order(self.teacher, self.task.labels))
+        all_of_them = self.teacher, *self.more_teachers
+        first, *others = (_in_order(teacher, self.task.labels) for teacher in all_of_them)
+        object.__setattr__(self, "teacher", first)
+        object.__setattr__(self, "more_teachers", tuple(others))
+        object.__setattr__(self, "mean_teacher", Ensemble([first, *others]) if others else first)
 
 
 def _texts(context: StepContext) -> list[str]:
@@ -190,9 +205,9 @@ def _distill(
     options |= dict(temperature=temperature, alpha=alpha, select_best=select_best)
     options |= dict(seed=context.seed)
     if (start, stop) == (0, 1):
-        return distill(context.teacher, context.task, student, augment, **options)
+        return distill(context.mean_teacher, context.task, student, augment, **options)
     task = _part(context, augment, start, stop)
-    return distill(context.teacher, task, student, **options)
+    return distill(context.mean_teacher, task, student, **options)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #f75c01cb
 @register_step(
@@ -206,7 +221,7 @@ def _prune(
     if not epochs: return prune(model, sparsity, scope, seed=context.seed)
     options = dict(epochs=epochs, learning_rate=learning_rate, seed=context.seed)
     gradually = [PruneCallback(sparsity, scope=scope)]
-    return distill(context.teacher, context.task, model, callbacks=gradually, **options)
+    return distill(context.mean_teacher, context.task, model, callbacks=gradually, **options)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #5f59f940
 @register_step(
@@ -344,6 +359,18 @@ def _read_yaml(source: str | Path) -> object:
         raise EcomoptError(what, str(source)[:99], do) from error
 
 # %% ../../nbs/optimize/50_recipe.ipynb #432cb7ec
+_Teacher = str | Path | Classifier | Sequence[Classifier]
+
+
+def _teachers(model: _Teacher, task: Task, seed: int) -> list[Classifier]:
+    "The teacher that all is compared with, and the others; a name is fine-tuned."
+    if isinstance(model, (str, Path)): return [finetune(model, task, seed=seed)]
+    models = list(model) if isinstance(model, (list, tuple)) else [model]
+    for one in models: _check_classifier(one, "model")
+    if models: return models
+    raise EcomoptError("There is no teacher.", "argument model", "Give one or more classifiers.")
+
+
 def _check_effort(effort: dict, measure: bool) -> None:
     "Raise for options that `compare` does not have, and where a recipe cannot run."
     known = [*inspect.signature(compare).parameters][3:]
@@ -403,7 +430,7 @@ class Recipe:
     def run(
         self,
         task: Task,                            # its train and transfer splits; valid to measure
-        model: str | Path | Classifier = "minilm",  # the teacher; a name is fine-tuned first
+        model: _Teacher = "minilm",            # a name is fine-tuned; several teach by their mean
         measure: bool = True,                  # each step, before and after, on the valid split
         on_step: Callable | None = None,       # called with each finished StepResult
         **effort,                              # of `compare`: repeats, threads, calls, memory, …
@@ -413,10 +440,11 @@ class Recipe:
             raise EcomoptError(f"This is no task: {task!r:.99}", "argument task", "Pass a Task.")
         _check_effort(effort, measure)
         recipe = Recipe(copy.deepcopy(self.steps), self.seed)
-        teacher = model if isinstance(model, Classifier) else finetune(model, task, seed=self.seed)
+        teacher, *others = _teachers(model, task, self.seed)
         numbers = {name: effort[name] for name in effort if name not in ("memory", "seed")}
         if measure: _check({"teacher": teacher}, task, "valid", numbers)
-        return _run(recipe, StepContext(task, teacher, self.seed), measure, on_step, effort)
+        context = StepContext(task, teacher, self.seed, tuple(others))
+        return _run(recipe, context, measure, on_step, effort)
 
 # %% ../../nbs/optimize/50_recipe.ipynb #a0f137bc
 @dataclass(frozen=True, eq=False)
@@ -438,7 +466,7 @@ def _version(package: str) -> str | None:
 def _key(model: Classifier, name: str, options: dict, context: StepContext) -> dict:
     "All that the result of a step depends on, equation (1)."
     kind, mark = step_kind(name), fingerprint(model)
-    key = dict(step=name, options=options, model=mark, teacher=fingerprint(context.teacher))
+    key = dict(step=name, options=options, model=mark, teacher=fingerprint(context.mean_teacher))
     key |= dict(task=context.task.fingerprint, seed=context.seed, bf16=_trains_in_bfloat16())
     key["packages"] = {package: _version(package) for package in kind.packages}
     if kind.apply.__module__.startswith("ecomopt."): return key
@@ -454,7 +482,8 @@ def _apply(model: Classifier, name: str, options: dict, context: StepContext) ->
     def build(folder):
         start = perf_counter()
         made = kind.apply(model, context, **options)
-        if [fingerprint(model), fingerprint(context.teacher)] != [key["model"], key["teacher"]]:
+        marks = [fingerprint(model), fingerprint(context.mean_teacher)]
+        if marks != [key["model"], key["teacher"]]:
             what = "The step changed the model that it was given."
             raise EcomoptError(what, f"step {name!r}", "Return a changed copy.")
         save(made, folder / "model")

@@ -485,7 +485,7 @@ def _use_section(data: dict, name: str) -> list:
     python += 'print(model.predict(["arrived broken, but support was great"]))'
     shell = f"ecomopt serve {shlex.quote(name)}"
     if data["recipe"]:
-        shell += "\n# the recipe above in a file; DATA, --unlabelled and TEACHER as before:"
+        shell += "\n# the recipe above in a file; DATA, TEACHER and other options as before:"
         shell += "\necomopt recipe run recipe.yaml DATA --model TEACHER --out again"
     return [Code(python, "python"), Code(shell, "bash")]
 
