@@ -768,10 +768,11 @@ def _finished(search: _Search) -> OptimizeResult:
     return OptimizeResult(trial.model, feasible, verdict, recipe, data)
 
 # %% ../../nbs/optimize/54_optimize.ipynb #aae39813
-def _check_task(task: Task, goal: Goal) -> None:
+def _check_task(task: Task, goal: Goal, seed: int) -> None:
     "Raise for a task or goal that cannot be searched; warn of unbalanced classes."
     _check_one_process("A search")
     _check_goal(goal)
+    _whole_number(seed, "seed", 0, 2**32 - 1)
     if goal.max_perplexity is not None:
         do = "Give max_drop; max_perplexity is for prompts of a language model."
         raise EcomoptError("A classifier has no perplexity.", "argument goal", do)
@@ -801,11 +802,11 @@ def optimize(
     if isinstance(task, (list, tuple)):
         given = task, model or "smollm2", goal, budget, None, seed, threads
         return optimize_language_model(*given, on_trial=on_trial)
-    _check_task(task, goal)
+    _check_task(task, goal, seed)
     seconds = parse_budget(budget)
     with _threads(threads) as threads:
         teacher, *others = _teachers("minilm" if model is None else model, task, seed)
-        context = StepContext(task, teacher, _whole_number(seed, "seed", 0, 2**32 - 1), tuple(others))
+        context = StepContext(task, teacher, int(seed), tuple(others))
         search = _Search(context, goal, seconds, threads, n_jobs, on_trial)
         search.run()
         try: return _finished(search)
