@@ -281,7 +281,7 @@ def test_without_a_model_the_default_teacher_is_fine_tuned(
     def tuned(*arguments, **options):
         asked.append((*arguments, options))
         return teacher
-    monkeypatch.setattr(module, "finetune", tuned)
+    monkeypatch.setattr(recipe, "finetune", tuned)
     found = optimize(task, goal=Goal(max_drop=0.2), seed=3)
     assert asked == [("minilm", task, {"seed": 3})] and found.feasible
 
@@ -317,7 +317,8 @@ def test_a_search_runs_in_one_process(task, teacher, monkeypatch):
 @pytest.mark.parametrize(("against", "said"), [("met", "No transformer is needed"), ("not resolvable", "too small"),
                                                ("not met", "")])
 def test_the_notes_say_what_the_baseline_means(task, teacher, against, said):
-    search = SimpleNamespace(task=task, texts=[""] * 100, goal=Goal(), impossible=None, is_interrupted=False)
+    search = SimpleNamespace(task=task, texts=[""] * 100, goal=Goal(), impossible=None, is_interrupted=False,
+                             context=SimpleNamespace(more_teachers=()))
     trial, baseline = SimpleNamespace(drop_std=0.032), SimpleNamespace(outcome=against)
     notes = module._notes(search, trial, baseline)
     assert any(said in note for note in notes if "standard error" not in note) == bool(said)

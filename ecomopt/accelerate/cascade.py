@@ -7,6 +7,8 @@ __all__ = ['fit_temperature', 'calibration_error', 'CascadeModel', 'Cascade', 'd
 
 # %% ../../nbs/accelerate/36_cascade.ipynb #e5967a5a
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -170,8 +172,8 @@ def _check_stages(stages: Sequence[Classifier]) -> list[Classifier]:
         if stage.labels == stages[0].labels: continue
         what = f"The labels differ: {stages[0].labels} and {stage.labels}."
         raise EcomoptError(what, "Cascade", "Use one label space, in one order.")
-    macs = [count_macs(stage.model, 8) for stage in stages]
-    if macs != sorted(macs):
+    macs = [count_macs(stage.model, min(8, stage.max_length)) for stage in stages]
+    if any(one > 1.05 * following for one, following in pairwise(macs)):
         what = f"A stage takes more multiply-adds than the one after it: {macs} for 8 tokens."
         raise EcomoptError(what, "Cascade", "Give the fastest first, and the teacher last.")
     return list(stages)
@@ -179,7 +181,8 @@ def _check_stages(stages: Sequence[Classifier]) -> list[Classifier]:
 
 def _numbers(values: Sequence[float], n: int, name: str, most: float = 100.0) -> list[float]:
     "Raise unless there are n numbers above 0 and at most `most`."
-    values = [_positive_number(value, name) for value in np.atleast_1d(values).tolist()]
+    values = [values] if isinstance(values, (Real, str)) else values
+    values = [_positive_number(value, name) for value in values]
     if len(values) == n and all(value <= most for value in values): return values
     what = f"The {name}s are {values}."
     raise EcomoptError(what, "Cascade", f"Give {n}, each above 0 and at most {most:g}.")

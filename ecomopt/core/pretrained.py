@@ -73,7 +73,7 @@ def _class_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] |
     is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
     numbered = [f"label_{i}" for i in range(len(labels))]
     if names is None and sorted(wanted) == sorted(numbered): names = numbered
-    same = [*config.id2label.values()] == list(labels)
+    same = [config.id2label[i] for i in sorted(config.id2label)] == list(labels)
     if same or names is None or not is_classifier: return list(range(len(labels)))
     if sorted(names) != sorted(wanted) or len({*names}) < len(names): return None
     return [names.index(label) for label in wanted]

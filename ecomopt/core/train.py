@@ -445,6 +445,8 @@ def _train(
     options["compute_loss_func"] = partial(_loss, weights, args.label_smoothing_factor)
     collator = DataCollatorWithPadding(classifier.tokenizer)
     run(Trainer(classifier.model, args, data_collator=collator, **options))
+    classifier.model.eval()
+    _check_answers(classifier)
     classifier.model.save_pretrained(directory)
     classifier.tokenizer.save_pretrained(directory)
 

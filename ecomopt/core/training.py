@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from numbers import Real
 from pathlib import Path
 from typing import get_type_hints
 
@@ -80,7 +81,7 @@ def _class_weights(
     if is_balanced:
         what = f"Class number {counts.index(0)} has no text in the train split."
         raise EcomoptError(what, "argument class_weights", "Leave class_weights out.")
-    if isinstance(given, (str, int, float)) or len(given) != C:
+    if isinstance(given, (str, Real)) or len(given) != C:
         what, where = f"class_weights is {given!r}.", "argument class_weights"
         raise EcomoptError(what, where, f"Give 'balanced', or {C} numbers: one for each class.")
     weights = [_positive_number(weight, "class_weights") for weight in given]

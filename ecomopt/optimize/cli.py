@@ -197,8 +197,8 @@ def _print_sizes(out: Path, before: dict, as_json: bool) -> None:
 
 def _check_head(model: str, task: Any) -> None:
     "Raise for an encoder whose head would be new, and its answers random."
-    is_encoder = Path(model).is_dir() and not _is_classifier(Path(model), task)
-    if model not in ASSETS and not is_encoder: return
+    is_folder = Path(model).is_dir()
+    if _is_classifier(Path(model), task) if is_folder else model not in ASSETS: return
     what = "It has no head that was trained for the labels of the task."
     do = "Name an artifact, or a checkpoint that is fine-tuned for these labels."
     raise EcomoptError(what, model, do)
@@ -440,7 +440,7 @@ def _csv_rows(file: Any, column: str, usual: str = ",") -> Iterator[tuple[dict, 
     csv.field_size_limit(sys.maxsize)
     records = _records(file, _delimiter(file, usual, [column], "the file"), "the file")
     _, header = next(records, (1, []))
-    _check_columns(header, [column, *header], "the file; see --text")
+    _check_columns(header, [column, *filter(None, header)], "the file; see --text")
     for line, record in records:
         row = dict(zip(header, record))
         if len(record) != len(header):
@@ -579,7 +579,7 @@ def _predict(
 
     Example: zcat reviews.txt.gz | ecomopt predict small > labels.csv
     """
-    kind = kind or _kind(file, text)
+    kind = (kind or _kind(file, text)).lower()
     classifier, written = _classifier(model), 0
     with _source(file, kind) as source:
         try:

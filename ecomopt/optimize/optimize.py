@@ -452,7 +452,7 @@ class _Search:
                 self.train([(best, best.fraction)], complete=True)
                 continue
             if trial.loss > self.goal.max_drop:
-                best.out = "its own estimate is above the drop that the goal allows"
+                best.out = trial.why = "its own estimate is above the drop that the goal allows"
                 continue
             gates = self.gates(trial)
             if self.keep(best, trial, gates): return trial, gates, True
@@ -570,7 +570,7 @@ def _step_gains(search: _Search, trial: Trial) -> list[dict]:
     parts = rung(before, trial.fraction or 1.0, _RUNGS) + after
     for step, following in zip(parts, [*parts[1:], {}]):
         try: model = apply_steps(model, [step], search.context) if following else trial.model
-        except Exception: break  # noqa: S112 -- the winner does not depend on it
+        except Exception: continue  # noqa: S112 -- the winner does not depend on it
         name, options = next(iter(step.items()))
         if name not in following: rows.append(_gained(search, name, options, model))
     return rows

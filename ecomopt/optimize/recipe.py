@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel
 
 # %% ../../nbs/optimize/50_recipe.ipynb #5e65f30a
 from .. import EcomoptError
@@ -60,10 +61,11 @@ from ecomopt.core.train import (
 # %% ../../nbs/optimize/50_recipe.ipynb #7ad1bac1
 def _in_order(teacher: Classifier, labels: list[str]) -> Classifier:
     "The teacher, or a copy of it whose classes are in the order of these labels."
-    is_other = type(teacher) is Classifier and list(teacher.labels) != list(labels)
-    if not is_other or sorted(teacher.labels) != sorted(labels): return teacher
+    is_other = list(teacher.labels) != list(labels) and sorted(teacher.labels) == sorted(labels)
+    if not is_other or not isinstance(teacher.model, PreTrainedModel): return teacher
     model = copy.deepcopy(teacher.model)
-    _permute_classes(model, [teacher.labels.index(label) for label in labels])
+    try: _permute_classes(model, [teacher.labels.index(label) for label in labels])
+    except EcomoptError: return teacher  # its head is not plain; what needs the order says so
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: i for i, label in enumerate(labels)}
     return replace(teacher, model=model)
