@@ -430,7 +430,7 @@ def _loss(
     options = dict(weight=weights, label_smoothing=smoothing, reduction="sum")
     return F.cross_entropy(outputs.logits, labels, **options) / num_items_in_batch
 
-
+# %% ../../nbs/core/12_train.ipynb #bddc449c
 def _train(
     classifier: Classifier,
     data: Dataset,
