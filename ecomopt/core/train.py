@@ -430,7 +430,7 @@ def _loss(
     options = dict(weight=weights, label_smoothing=smoothing, reduction="sum")
     return F.cross_entropy(outputs.logits, labels, **options) / num_items_in_batch
 
-# %% ../../nbs/core/12_train.ipynb #bddc449c
+
 def _train(
     classifier: Classifier,
     data: Dataset,
@@ -440,12 +440,10 @@ def _train(
     directory: Path,
 ) -> None:
     "Train and save."
-    weights = torch.tensor(weights) if weights else None
     options = dict(train_dataset=tokenized(classifier, data), callbacks=callbacks)
-    options["compute_loss_func"] = partial(_loss, weights, args.label_smoothing_factor)
-    collator = DataCollatorWithPadding(classifier.tokenizer)
-    run(Trainer(classifier.model, args, data_collator=collator, **options))
-    classifier.model.eval()
+    loss = partial(_loss, weights and torch.tensor(weights), args.label_smoothing_factor)
+    options |= dict(data_collator=DataCollatorWithPadding(classifier.tokenizer))
+    run(Trainer(classifier.model, args, compute_loss_func=loss, **options))
     _check_answers(classifier)
     classifier.model.save_pretrained(directory)
     classifier.tokenizer.save_pretrained(directory)
