@@ -118,6 +118,12 @@ def greedy_decoding(
     return generated
 
 # %% ../../nbs/core/15_generate.ipynb #847d01c0
+def _ends(given: object) -> list[int]:
+    "The tokens that end a text, of a configuration or a tokenizer."
+    ends = getattr(given, "eos_token_id", None)
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+# %% ../../nbs/core/15_generate.ipynb #34407e04
 @dataclass
 class LanguageModel:
     "A causal language model and its tokenizer."
@@ -131,9 +137,7 @@ class LanguageModel:
     @property
     def stop(self) -> set[int]:  # token ids
         "The tokens that end a text."
-        ends = [self.model.config.eos_token_id, self.tokenizer.eos_token_id]
-        lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
-        return {token for ids in lists for token in ids}
+        return {*_ends(self.model.config), *_ends(self.tokenizer)}
 
     def encode(self,
         texts: Iterable[str],  # any number
@@ -203,12 +207,6 @@ def _checkpoint(name: str | Path) -> str | Path:
 
 
 # %% ../../nbs/core/15_generate.ipynb #5bd1c0e2
-def _ends(config: object) -> list[int]:
-    "The tokens that end a text, of a configuration."
-    ends = getattr(config, "eos_token_id", None)
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
-
-
 def _take_all_ends(model: PreTrainedModel) -> None:
     "Add those of the generation's configuration, where chat models have the end of a turn."
     more = {*_ends(model.generation_config)} - {*_ends(model.config)}
