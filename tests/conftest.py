@@ -2,9 +2,21 @@
 import os
 from operator import itemgetter
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; notebook kernels inherit this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def environment_stays():
+    """A cache or a temporary folder that a test leaves to the next one fills the disk."""
+    def places(): return {name: os.environ.get(name) for name in ("ECOMOPT_CACHE", "TMPDIR")}
+
+    before = places()
+    yield
+    assert places() == before
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -133,8 +134,8 @@ def trained(model: Classifier, folder: Path) -> None:
 
 def distilled(model: Classifier, folder: Path) -> None:
     "Keep two layers and learn from the model."
-    os.environ["ECOMOPT_CACHE"] = str(folder / "cache")
-    made = ecomopt.distill(model, tiny.task(16), 2, epochs=1, batch_size=8, bf16=False)
+    with patch.dict(os.environ, ECOMOPT_CACHE=str(folder / "cache")):
+        made = ecomopt.distill(model, tiny.task(16), 2, epochs=1, batch_size=8, bf16=False)
     same_after_reload(made)
 
 

@@ -108,7 +108,8 @@ def is_stale(nb: nbformat.NotebookNode) -> bool:
 
 def execute(path: Path, fast: bool, cwd: Path | None = None) -> nbformat.NotebookNode:
     "Run a copy of a notebook; in the notebook's own folder, as JupyterLab does, if no other is given."
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, IPYTHONDIR=folder):
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, IPYTHONDIR=folder, TMPDIR=f"{folder}/tmp"):
+        Path(folder, "tmp").mkdir()  # what the notebook leaves behind goes with it
         profile = Path(folder, "profile_default")  # of this run, whatever IPython does for the user otherwise
         profile.mkdir()
         (profile / "ipython_kernel_config.py").write_text(SHARP)
@@ -120,7 +121,7 @@ def execute(path: Path, fast: bool, cwd: Path | None = None) -> nbformat.Noteboo
 
 def portable(text: str) -> str:
     "Text without the places of this machine."
-    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+", "…", text)
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+(/tmp/[\w.-]+)?", "…", text)
     return text.replace(str(ROOT), ".").replace(str(Path.home()), "~")
 
 
