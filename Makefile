@@ -5,6 +5,8 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS  := dev,runtimes,serve
 ASSETS  := minilm minilm-l3 smollm2 reviews reviews_zh food retail lenses
+PEERS   := torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 llama-cpp-python==0.3.36 diskcache==5.6.3 \
+           model2vec==0.10.0 skeletoken==0.6.1  # apart: only compared with
 READY   := $(VENV)/.ready
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -41,8 +43,8 @@ site: $(READY)  ## Build the site in _site/ from the stored outputs; executes no
 	@$(BIN)/python -m tools.site
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
-	@test -d .peers/llama_cpp || $(PIP) install --no-deps --upgrade --target .peers torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 \
-	  llama-cpp-python==0.3.36 diskcache==5.6.3 model2vec==0.10.0 skeletoken==0.6.1  # apart: only compared with; llama.cpp is built, which takes minutes
+	@test "$$(cat .peers/.ready 2>/dev/null)" = "$(PEERS)" || { \
+	  $(PIP) install --no-deps --upgrade --target .peers $(PEERS) && echo "$(PEERS)" > .peers/.ready; }  # llama.cpp is built, which takes minutes
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these; outputs stay
@@ -53,8 +55,8 @@ export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean t
 constraints: $(READY)  ## Pin in constraints.txt the versions that .venv holds now
 	@$(PIP) freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt
 
-clean:  ## Remove all that make made here; the downloaded assets stay in the cache
-	@rm -rf $(VENV) .peers _site _stage _demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove all that make made here; the downloaded assets and unfinished benchmarks stay
+	@rm -rf $(VENV) .peers nbs/start/small _site _stage _demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 assets: $(READY)

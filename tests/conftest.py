@@ -1,18 +1,35 @@
-"""What all tests share: one thread each, no hub, and a table of the notebooks' times at the end."""
+"""What all tests share: one thread each, no hub, a new cache, and a table of the notebooks' times at the end."""
 import os
+import shutil
+import tempfile
 from operator import itemgetter
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; notebook kernels inherit this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+settings.register_profile("ecomopt", deadline=None)  # a busy core is not a fault
+settings.load_profile("ecomopt")
+
+
+def pytest_configure(config):
+    """A new cache, unless `ECOMOPT_CACHE` names one: what earlier code trained proves nothing. Assets are shared."""
+    if hasattr(config, "workerinput") or "ECOMOPT_CACHE" in os.environ: return
+    own, assets = Path(tempfile.mkdtemp(prefix="ecomopt-")), Path.home() / ".cache" / "ecomopt" / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    (own / "assets").symlink_to(assets)
+    os.environ |= {"ECOMOPT_CACHE": str(own), "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor")}
+    config.add_cleanup(lambda: shutil.rmtree(own, ignore_errors=True))
+
 
 @pytest.fixture(autouse=True)
 def environment_stays():
-    """A cache or a temporary folder that a test leaves to the next one fills the disk."""
-    def places(): return {name: os.environ.get(name) for name in ("ECOMOPT_CACHE", "TMPDIR")}
+    """A cache, a temporary folder or a directory that a test leaves to the next one changes what that one does."""
+    def places(): return os.getcwd(), *map(os.environ.get, ("ECOMOPT_CACHE", "TMPDIR", "HOME", "OMP_NUM_THREADS"))
 
     before = places()
     yield

@@ -1,6 +1,4 @@
 """A search that is really killed: used by the tests of search and of Bayesian optimization."""
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,8 +15,10 @@ def outputs_and_lines(program: str, lines: int, folder: Path) -> tuple[str, str,
         command = [sys.executable, folder / "program.py", folder / name]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     process, journal = start("killed"), folder / "killed"
-    while not journal.exists() or len(journal.read_text().splitlines()) < lines: time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    def written() -> int: return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+    while process.poll() is None and written() < lines: time.sleep(0.01)
+    process.kill()
     process.communicate()
-    written = len(journal.read_text().splitlines())
-    return start("killed").communicate()[0], start("whole").communicate()[0], written
+    at_the_kill = written()
+    return start("killed").communicate()[0], start("whole").communicate()[0], at_the_kill

@@ -108,7 +108,7 @@ def test_a_missing_file(path, name):
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_altered_byte_is_detected(path, data):
     name = data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
     original = (path / name).read_bytes()

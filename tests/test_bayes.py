@@ -37,7 +37,7 @@ def told(trials: list[Trial]) -> list: return [(trial.number, trial.params, tria
 # ask and tell
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_points_are_new_plain_and_inside(seed):
     trials = run(tuner=Tuner(SPACE, seed), n_trials=9)
@@ -169,7 +169,7 @@ import sys, time
 from ecomopt.tune.bayes import Tuner
 from ecomopt.tune.search import search
 if __name__ == "__main__":
-    def objective(params): return time.sleep(0.03) or (params["x"] - 3)**2 + params["y"]
+    def objective(params): return time.sleep(0.1) or (params["x"] - 3)**2 + params["y"]
     tuner = Tuner({"x": (-5.0, 10.0), "y": (0.0, 15.0)})
     trials = search(objective, tuner, 9, journal=sys.argv[1], show_progress_bar=False)
     print([(trial.number, trial.params) for trial in trials])
@@ -178,7 +178,8 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_killed_for_real(tmp_path):
-    killed, whole, _ = outputs_and_lines(PROGRAM, 7, tmp_path)
+    killed, whole, written = outputs_and_lines(PROGRAM, 7, tmp_path)
+    assert written < 10
     assert killed == whole != ""
 
 

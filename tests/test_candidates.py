@@ -61,7 +61,7 @@ def space(): return RecipeSpace({name: kind.ranges(StepContext(tiny.task(), tiny
                                      tiny.task(), tiny.classifier()))})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31))
 def test_a_point_is_a_recipe_and_back(space, seed):
     for point, steps in space.propose(np.random.default_rng(seed), [], 30):

@@ -45,7 +45,7 @@ def models():
 
 # ---------------------------------------------------------------- calibration
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.floats(0.2, 8), st.integers(2, 5))
 def test_the_temperature_of_drawn_labels_is_found(seed, scale, classes):
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def test_the_temperature_of_drawn_labels_is_found(seed, scale, classes):
     assert nll[0] <= min(nll[1:])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 20))
 def test_the_calibration_error_is_that_of_the_reliability_curve(seed, bins):
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def test_the_calibration_error_is_that_of_the_reliability_curve(seed, bins):
 
 # ---------------------------------------------------------------- thresholds
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.5, 1, width=32), min_size=2, max_size=40, unique=True), st.data())
 def test_a_threshold_defers_as_many_as_asked_for(confidence, data):
     count = data.draw(st.integers(0, len(confidence) - 1))
@@ -308,7 +308,7 @@ def test_a_small_model_that_is_always_right_defers_as_many_as_asked_for():
     assert (confidence < _threshold(confidence, 10)).sum() == 10
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(2, 40), st.floats(0, 4))
 def test_the_fewest_are_those_of_the_table(seed, n, most):
     generator = torch.Generator().manual_seed(seed)

@@ -149,7 +149,7 @@ def test_a_hostile_pickle_is_refused_by_name(function, args): refused(pickle.dum
 def test_allowed_names_make_nothing_but_a_table(pickled): refused(pickled)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_random_bytes_are_no_table(content):
     refused(b"\x80\x05" + content)

@@ -53,7 +53,7 @@ some_row = st.tuples(st.sampled_from(some_texts), st.sampled_from("abc"), st.int
 some_rows = st.lists(some_row, min_size=9, max_size=80)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(some_rows, st.integers(0, 3))
 def test_no_group_and_no_copy_crosses(rows, seed):
     table = pd.DataFrame(rows, columns=["text", "label", "group"])
@@ -67,7 +67,6 @@ def test_no_group_and_no_copy_crosses(rows, seed):
     assert stratified_group_split(table, FRACTIONS, seed) == list(table.split)  # deterministic
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(3, 60), min_size=2, max_size=5), st.integers(0, 9))
 def test_independent_rows_are_stratified_exactly(sizes, seed):
     labels = [f"class {c}" for c, size in enumerate(sizes) for _ in range(size)]

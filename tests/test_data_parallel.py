@@ -24,6 +24,8 @@ from ecomopt.core.artifact import load
 from ecomopt.core.data import Task
 from ecomopt.core.train import finetune
 
+pytestmark = pytest.mark.xdist_group("data_parallel")  # its fixtures are costly
+
 # the launcher
 
 def total(rank, numbers):
@@ -191,7 +193,7 @@ def test_a_batch_that_cannot_be_shared(shop):
 
 def torchrun(folder, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
-    environment = {**os.environ, "ECOMOPT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ECOMOPT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -106,7 +106,7 @@ def test_no_texts(lm):
     st.integers(1, 9),
     st.integers(1, 4),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_losses_are_the_models_own(texts, window, batch_size):
     """With any window and batch each token but the first is predicted once, by those before it in its window."""
     lm = tiny.language_model()

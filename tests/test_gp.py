@@ -32,7 +32,7 @@ def reference(kernel: str, s2: float, lengths, noise: float) -> GaussianProcessR
     return GaussianProcessRegressor(covariance, alpha=0, optimizer=None, normalize_y=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), d=st.integers(1, 5), kernel=st.sampled_from(["rbf", "matern52"]))
 def test_equals_scikit_learn(seed, n, d, kernel):
     rng = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def test_few_or_equal_values(X, y):
     assert np.allclose(mean, np.mean(y), atol=0.1) and np.isfinite(std).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-3, 3), st.floats(1e-3, 3), st.floats(-3, 3))
 def test_improvement_is_skopts_and_so_is_its_logarithm(mean, std, best):
     class Fixed:

@@ -508,7 +508,7 @@ def mutate(manifest, data):
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 def test_a_manifest_of_any_kind_is_refused_or_gives_the_model(quantized, data):
     """Only what a reader could have meant is accepted: without changes of the model's own parts, it is the model."""
     file = quantized / "artifact.json"

@@ -432,7 +432,7 @@ def test_a_task_whose_name_is_no_string(name):
 METRICS = {"accuracy": accuracy_score, "macro_f1": partial(f1_score, average="macro")}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_metrics_are_those_of_scikit_learn(pairs):
     labels, predictions = map(list, zip(*pairs))
@@ -604,7 +604,7 @@ def acceptable(rows):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=CASES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 @given(files())
 def test_a_generated_file_gives_its_rows_or_an_error(tmp_path_factory, file):
     content, rows, is_sound = file

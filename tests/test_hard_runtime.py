@@ -47,6 +47,8 @@ from ecomopt.accelerate import runtime, runtime_llm
 from ecomopt.accelerate.runtime_llm import prompt_lookup_decoding
 from ecomopt.core.generate import generation_speed, greedy_decoding, losses, paired_perplexity, perplexity
 
+pytestmark = pytest.mark.xdist_group("hard_runtime")  # its fixtures are costly
+
 TEXTS = ["bad", "the battery is great", "a phone works very good not bad", "screen broke", " ".join(tiny.WORDS)]
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.2)
 ENCODERS = {

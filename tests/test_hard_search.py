@@ -888,7 +888,7 @@ def use(draw, space) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(data=st.data(), space=spaces)
 def test_an_error_that_says_what_to_do_or_points_inside(data, space):
     with warnings.catch_warnings():

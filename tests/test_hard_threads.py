@@ -32,6 +32,8 @@ from ecomopt.accelerate import runtime
 from ecomopt.core.generate import losses
 from tools import architectures
 
+pytestmark = pytest.mark.xdist_group("hard_threads")  # its fixtures are costly
+
 WORDS = tiny.WORDS
 TEXTS = [" ".join(WORDS[(i + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(32)]
 PROMPTS = TEXTS[:12]

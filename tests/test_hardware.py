@@ -61,7 +61,7 @@ def test_a_precision_without_a_product_is_left_out(monkeypatch):
     assert small().macs_per_s.keys() == {"float32", "bfloat16"}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(1e8, 1e14), st.floats(1e6, 1e12), st.floats(1e-3, 1e5))
 def test_the_roof_is_drawn_where_it_belongs(peak, bandwidth, intensity):
     import matplotlib.pyplot as plt

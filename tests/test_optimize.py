@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -421,8 +420,8 @@ def test_any_architecture_is_optimized_and_comes_back(name, tmp_path, no_fresh_p
 def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path, no_fresh_process):
     said = ("très bon", "很好，真的", "отлично", "&quot;good&quot; &amp; cheap", "👍🏽", "<b>schlecht</b><br/>",
             "جيد جدا")
-    table = pd.DataFrame({"text": [f"{said[i % 7]} {i} " * (1 + i % 90) for i in range(1000)],
-                          "label": [f"Größe {i % 50}" for i in range(1000)]})
+    table = pd.DataFrame({"text": [f"{said[i % 7]} {i} " * (1 + i % 40) for i in range(400)],
+                          "label": [f"Größe {i % 50}" for i in range(400)]})
     table.to_json(tmp_path / "texts.jsonl", orient="records", lines=True, force_ascii=False)
     task = Task.from_csv(tmp_path / "texts.jsonl", "text", "label")
     teacher = keep_layers(load_model("minilm", task.labels, max_length=64), 1)
@@ -436,10 +435,9 @@ def test_fifty_classes_of_any_script_with_entities_and_emoji(tmp_path, no_fresh_
     (dict(n_jobs=0), "n_jobs"), (dict(goal=Goal(max_perplexity=0.02)), "perplexity"),
     (dict(threads=0), "threads"), (dict(seed=-1), "seed"),
 ])
-def test_wrong_arguments_are_refused_before_work(task, teacher, change, match):
-    start = time.perf_counter()
+def test_wrong_arguments_are_refused_before_work(task, teacher, change, match, monkeypatch):
+    monkeypatch.setattr(module, "_Search", None)
     with pytest.raises(EcomoptError, match=match): optimize(task, teacher, **change)
-    assert time.perf_counter() - start < 60
 
 
 def test_a_task_without_a_split_or_of_other_labels_is_refused(task, teacher):
@@ -635,11 +633,15 @@ def test_two_runs_on_one_output(shop):
     def heeds_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & does not
 
     with subprocess.Popen(words, cwd=shop, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interrupts) as first:
-        while "searching" not in first.stderr.readline(): pass
-        second = run(shop, *words[1:])
-        while "teacher" not in first.stderr.readline(): pass
-        first.send_signal(signal.SIGINT)
-        first.stderr.read()
+        try:
+            assert any("searching" in line for line in first.stderr)
+            second = run(shop, *words[1:])
+            assert any("teacher" in line for line in first.stderr)
+            first.send_signal(signal.SIGINT)
+            first.stderr.read()
+        except BaseException:
+            first.kill()
+            raise
     assert second.returncode == 2 and "Another run" in second.stderr
     assert first.returncode in (0, 1) and (shop / "both" / "artifact.json").exists(), "Ctrl-C saves the best so far"
 

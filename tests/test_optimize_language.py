@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ecomopt import EcomoptError, LanguageResult, load, optimize
@@ -29,6 +29,8 @@ from ecomopt.optimize.language import (
     repetition,
 )
 from ecomopt.optimize.report import html_report, model_card
+
+pytestmark = pytest.mark.xdist_group("optimize_language")  # its fixtures are costly
 
 PROMPTS = ["the battery is great", "bad phone works very good not bad not bad not"]
 LOOP = "Title: Trailhead " * 20
@@ -51,7 +53,6 @@ def result(lm):
 # ---------------------------------------------------------------- rules for answers
 
 @given(st.lists(st.text(alphabet="ab c好1.", max_size=40), max_size=4), st.integers(1, 5))
-@settings(deadline=None)
 def test_repetition_is_a_fraction_that_copies_do_not_change(answers, n):
     value = repetition(answers, n)
     assert 0 <= value < 1 and value == pytest.approx(repetition(answers * 3, n))

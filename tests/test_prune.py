@@ -72,7 +72,7 @@ def test_masks_are_those_of_torch(kind, scope, importance, sparsity):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SPARSITIES, st.sampled_from(SCOPES), st.sampled_from(IMPORTANCES), st.sampled_from(list(KINDS)))
 def test_sparsity_is_exact_to_one_weight(sparsity, scope, importance, kind):
     """In every matrix, or over all; the weights that are kept do not change."""
@@ -86,7 +86,7 @@ def test_sparsity_is_exact_to_one_weight(sparsity, scope, importance, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SPARSITIES, SPARSITIES, st.sampled_from(SCOPES), st.sampled_from(IMPORTANCES))
 def test_pruning_twice_is_pruning_once(one, other, scope, importance):
     """Zeros are pruned first, so a second pruning continues the first."""
@@ -196,7 +196,7 @@ def test_sparsity_follows_the_schedule(scope, importance):
     if scope == "local": assert all(abs((w == 0).sum().item() - 0.9 * w.numel()) < 1 for w in weights(model).values())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SPARSITIES, SPARSITIES, st.floats(0, 0.9), st.floats(0.01, 1), st.floats(-1, 3), st.floats(0, 3))
 def test_the_schedule_rises_from_first_to_last(one, other, begin, length, t, later):
     first, last = sorted((one, other))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,7 +25,6 @@ def weights(rows: int, columns: int, size: float, seed: int) -> torch.Tensor:
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(2, 8), st.floats(1e-3, 1e3), st.integers(0, 999))
-@settings(deadline=None)
 def test_few_levels_a_second_rounding_changes_nothing_and_the_mse_scale_is_best(rows, columns, bits, size, seed):
     W, limit = weights(rows, columns, size, seed), 2 ** (bits - 1) - 1
     scale = mse_scale(W, bits)

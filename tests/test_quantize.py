@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -23,7 +23,6 @@ from ecomopt.compress.quantize import (
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(2, 8), st.floats(1e-6, 1e4), st.integers(0, 999))
-@settings(deadline=None)
 def test_the_error_is_at_most_half_a_scale(rows, columns, bits, size, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
     integers, scale = quantize_per_channel(weight, bits)
@@ -32,7 +31,6 @@ def test_the_error_is_at_most_half_a_scale(rows, columns, bits, size, seed):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999))
-@settings(deadline=None)
 def test_packing_loses_nothing(rows, pairs, seed):
     integers = torch.randint(-8, 8, (rows, 2 * pairs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(unpack_bits(pack_bits(integers, 4), 4, 2 * pairs), integers)

@@ -65,7 +65,7 @@ def logits(lm: LanguageModel, text: str) -> torch.Tensor:
     rows=st.integers(1, 6), groups=st.integers(1, 4), bits=st.integers(2, 8),
     scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_error_of_a_group_is_half_a_scale_at_most(rows, groups, bits, scale, seed):
     W = torch.randn(rows, 32 * groups, generator=torch.Generator().manual_seed(seed)) * scale
     integers, step, low = quantize_per_group_asymmetric(W, 32, bits)

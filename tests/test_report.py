@@ -293,7 +293,7 @@ def test_no_text_becomes_markup(data, language):
         assert ModelCard(card).data.library_name == "ecomopt"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40) | st.from_regex(r"[`|*<>&\\\n-]{1,9}"))
 def test_any_text_stays_in_its_cell(text):
     blocks = [text, [text], Table(text, ["a", "b"], [[text, text]]), Code(text, "yaml")]

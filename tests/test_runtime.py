@@ -23,6 +23,8 @@ from ecomopt.core.artifact import load, save
 from ecomopt.core.measure import count_macs, count_parameters
 from ecomopt.core.train import Classifier, fingerprint, supports_bfloat16
 
+pytestmark = pytest.mark.xdist_group("runtime")  # its fixtures are costly
+
 TEXTS = ["the battery is great", "bad", "a phone works very good not bad", "screen broke", "love it"]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 2e-2}
 SAVED = [

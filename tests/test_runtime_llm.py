@@ -4,7 +4,7 @@ import time
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -21,6 +21,8 @@ from ecomopt.core.artifact import load, save
 from ecomopt.core.generate import greedy_decoding, losses
 from ecomopt.core.measure import count_parameters
 
+pytestmark = pytest.mark.xdist_group("runtime_llm")  # its fixtures are costly
+
 TEXTS = ["the battery is great", "bad phone works very good not bad not bad not"]
 
 
@@ -33,7 +35,6 @@ def converted(lm): return {bits: convert_language_model(lm, bits) for bits in (3
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 8))
-@settings(deadline=None)
 def test_a_draft_is_what_followed_the_last_token(tokens, n, k):
     draft, text = prompt_lookup(tokens, n, k), " ".join(map(str, tokens))
     assert len(draft) <= k and (not draft or " ".join(map(str, [tokens[-1], *draft])) in text)

@@ -98,7 +98,7 @@ def test_values_are_even_on_their_scale():
 # ask and tell
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31 - 1), n=st.integers(1, 40))
 def test_points_are_new_plain_and_inside(seed, n):
     searcher = RandomSearch(SPACE, seed)
@@ -282,7 +282,7 @@ PROGRAM = """
 import sys, time
 from ecomopt.tune.search import RandomSearch, search
 if __name__ == "__main__":
-    def objective(params): return time.sleep(0.03) or params["x"]
+    def objective(params): return time.sleep(0.1) or params["x"]
     trials = search(objective, RandomSearch({"x": (0.0, 1.0)}), 12, journal=sys.argv[1], show_progress_bar=False)
     print([(trial.number, trial.params) for trial in trials])
 """

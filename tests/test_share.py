@@ -75,7 +75,7 @@ def test_kmeans_is_scikit_learn_s(bits, init):
     groups=st.integers(1, 4), size=st.integers(16, 90), bits=st.integers(2, 4),
     init=st.sampled_from(["linear", "random"]), seed=st.integers(0, 999), whole=st.booleans(),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_groups_are_clustered_one_by_one_and_each_weight_has_the_nearest_centroid(
     groups, size, bits, init, seed, whole
 ):
@@ -91,7 +91,7 @@ def test_groups_are_clustered_one_by_one_and_each_weight_has_the_nearest_centroi
 
 
 @given(st.integers(0, 999), st.integers(2, 5), st.sampled_from(["linear", "random"]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_no_iteration_raises_the_inertia(seed, bits, init):
     values = random_weights(1, 300, seed=seed).double() ** 3
     def inertia(max_iter):
@@ -143,7 +143,6 @@ def drawn(bits: int, count: int, seed: int, skew: float) -> torch.Tensor:
 
 
 @given(INDICES)
-@settings(deadline=None)
 def test_codes_lose_nothing(case):
     bits, count, *_ = case
     indices = torch.from_numpy(drawn(*case))

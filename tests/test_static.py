@@ -34,7 +34,7 @@ def random_student(teacher, ngrams=2, width=16, buckets=64) -> Classifier:
     return student
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_ngrams_are_numbered_by_their_tokens_alone(data):
     n, buckets = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 5000))
@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_equations(teacher, ngrams):
         torch.testing.assert_close(student.logits([text])[0], expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.text(alphabet="abc é!", max_size=60), min_size=1, max_size=6))
 def test_a_text_has_the_same_logits_alone_and_in_a_batch(texts):
     student = random_student(tiny.classifier(), 3)
@@ -113,7 +113,7 @@ def test_words_that_are_left_out_leave_the_frequencies_of_the_others(teacher):
 
 
 @pytest.mark.slow
-def test_it_learns_what_its_teacher_answers(teacher):
+def test_it_learns_what_its_teacher_answers(teacher, tmp_path, monkeypatch):
     task = tiny.task(200)
     student = static_student(teacher, task, width=16, buckets=128, epochs=30, learning_rate=1e-2)
     texts = task.train["text"][:]
@@ -123,6 +123,7 @@ def test_it_learns_what_its_teacher_answers(teacher):
     assert isinstance(student.model, StaticModel)
     weight = student.model.embeddings.weight
     assert weight[len(student.tokenizer):].abs().max() > 0  # the pairs have learned, too
+    monkeypatch.setenv("ECOMOPT_CACHE", str(tmp_path))  # trained again
     again = static_student(teacher, task, width=16, buckets=128, epochs=30, learning_rate=1e-2)
     assert fingerprint(again) == fingerprint(student)
 

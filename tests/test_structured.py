@@ -379,7 +379,7 @@ SENTENCES = st.lists(
 ).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=SENTENCES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_unseen_texts_are_encoded_as_well_as_before(kind, text):
@@ -390,7 +390,7 @@ def test_unseen_texts_are_encoded_as_well_as_before(kind, text):
     if before.unk_token: assert (after.unk_token_id in new) == (before.unk_token_id in old)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(words=st.lists(st.sampled_from(" ".join(TEXTS).split()), min_size=1))
 def test_words_of_the_texts_are_tokenized_as_before(words):
     """In any order: WordPiece looks at one word at a time."""

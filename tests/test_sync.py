@@ -21,7 +21,7 @@ def export(tmp_path_factory) -> Path:
     """A copy of the notebooks, cleaned and exported anew."""
     folder = tmp_path_factory.mktemp("export")
     shutil.copy(ROOT / "settings.ini", folder)
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*", "small"))
     scripts = Path(sys.executable).parent
     for command in ("nbdev_clean", "nbdev_export"):
         subprocess.run([scripts / command], cwd=folder, env={**os.environ, "PYTHONPATH": ""}, check=True)

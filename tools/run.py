@@ -108,7 +108,8 @@ def is_stale(nb: nbformat.NotebookNode) -> bool:
 
 def execute(path: Path, fast: bool, cwd: Path | None = None) -> nbformat.NotebookNode:
     "Run a copy of a notebook; in the notebook's own folder, as JupyterLab does, if no other is given."
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, IPYTHONDIR=folder, TMPDIR=f"{folder}/tmp"):
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a process may outlive the kernel for a moment
+    with scratch as folder, patch.dict(os.environ, IPYTHONDIR=folder, TMPDIR=f"{folder}/tmp"):
         Path(folder, "tmp").mkdir()  # what the notebook leaves behind goes with it
         profile = Path(folder, "profile_default")  # of this run, whatever IPython does for the user otherwise
         profile.mkdir()

@@ -232,7 +232,7 @@ def staged(path: Path):
 def stage(to: Path) -> None:
     "Write into `to` what Quarto and smalldocs read: the pages, the files beside them and `_quarto.yml`."
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".*", "quickstart", "quickstart-fast"))
+    shutil.copytree(NBS, to, ignore=shutil.ignore_patterns("*.ipynb", ".*", "small"))
     for path in notebooks(): write_nb(staged(path), to / staged_name(path))
     made, config = pages.made(), yaml.safe_load((ROOT / "_quarto.yml").read_text("utf8"))
     for name, text in made.items():
