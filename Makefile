@@ -5,8 +5,9 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS  := dev,runtimes,serve
 ASSETS  := minilm minilm-l3 smollm2 reviews reviews_zh food retail lenses
+# apart: only compared with; llama.cpp is built, which takes minutes
 PEERS   := torchao==0.18.0 optuna==5.0.0 colorlog==6.12.0 llama-cpp-python==0.3.36 diskcache==5.6.3 \
-           model2vec==0.10.0 skeletoken==0.6.1  # apart: only compared with
+           model2vec==0.10.0 skeletoken==0.6.1
 READY   := $(VENV)/.ready
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -44,7 +45,7 @@ site: $(READY)  ## Build the site in _site/ from the stored outputs; executes no
 
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@test "$$(cat .peers/.ready 2>/dev/null)" = "$(PEERS)" || { \
-	  $(PIP) install --no-deps --upgrade --target .peers $(PEERS) && echo "$(PEERS)" > .peers/.ready; }  # llama.cpp is built, which takes minutes
+	  $(PIP) install --no-deps --upgrade --target .peers $(PEERS) && echo "$(PEERS)" > .peers/.ready; }
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these; outputs stay

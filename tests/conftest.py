@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from ecomopt.core.assets import cache_dir
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; notebook kernels inherit this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,8 +20,8 @@ settings.load_profile("ecomopt")
 
 def pytest_configure(config):
     """A new cache, unless `ECOMOPT_CACHE` names one: what earlier code trained proves nothing. Assets are shared."""
-    if hasattr(config, "workerinput") or "ECOMOPT_CACHE" in os.environ: return
-    own, assets = Path(tempfile.mkdtemp(prefix="ecomopt-")), Path.home() / ".cache" / "ecomopt" / "assets"
+    if hasattr(config, "workerinput") or os.environ.get("ECOMOPT_CACHE"): return
+    own, assets = Path(tempfile.mkdtemp(prefix="ecomopt-")), cache_dir() / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     (own / "assets").symlink_to(assets)
     os.environ |= {"ECOMOPT_CACHE": str(own), "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor")}
