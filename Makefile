@@ -46,6 +46,7 @@ site: $(READY)  ## Build the site in _site/ from the stored outputs; executes no
 bench: assets  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@test "$$(cat .peers/.ready 2>/dev/null)" = "$(PEERS)" || { \
 	  $(PIP) install --no-deps --upgrade --target .peers $(PEERS) && echo "$(PEERS)" > .peers/.ready; }
+	@PYTHONPATH=.peers $(BIN)/python -m pytest -q tests/test_llama_cpp.py tests/test_runtime_llm.py  # with llama.cpp
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python -m "$$(basename "$$script" .py | sed s:^:benchmarks.:)" || exit 1; done
 
 export: $(READY)  ## Make ecomopt/ and README.md from the notebooks, and clean these; outputs stay

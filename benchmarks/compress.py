@@ -22,7 +22,8 @@ NOTES = (
     "seed (MiniLM, four epochs), with all models made from it; hyperparameters were selected on the validation split. "
     f"Our students {reviews.MADE}. Cascades: the student in OpenVINO answers, and leaves that fraction of the "
     f"validation sentences to the teacher in int8; their bytes are those of both. {reviews.MEASURED} Gain of the "
-    "runtime alone: the teacher in OpenVINO, float32. Gain of the compression alone: the student in float32."
+    "runtime alone: the teacher in OpenVINO, float32. torchao: without `torch.compile`. Gain of the "
+    "compression alone: the student in float32."
 )
 
 

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, Trainer, get_linear_schedule_w
 
 from ecomopt import DistillationTrainer, finetune, load_task
 from ecomopt.compress.distill import keep_layers, teacher_logits
-from ecomopt.core.train import run, supports_bfloat16, tokenized, training_arguments
+from ecomopt.core.train import run, tokenized, training_arguments
 from tools.bench import report
 
 ROUNDS, STEPS, BATCH = 7, 30, 16
@@ -26,10 +26,10 @@ torch.set_num_threads(2)
 task = load_task("reviews").sample(train=STEPS * BATCH, transfer=0)
 teacher = finetune("minilm", task, epochs=1, batch_size=BATCH)
 student = keep_layers(teacher, 3)
-rows = tokenized(student, task.train)
-cached = rows.add_column("teacher_logits", teacher_logits(teacher, task.train["text"], supports_bfloat16()).tolist())
-collate = DataCollatorWithPadding(student.tokenizer)
 arguments = training_arguments(1, 1e-4, BATCH, 0, train_sampling_strategy="sequential", warmup_steps=0)
+rows = tokenized(student, task.train)
+cached = rows.add_column("teacher_logits", teacher_logits(teacher, task.train["text"], arguments.bf16).tolist())
+collate = DataCollatorWithPadding(student.tokenizer)
 
 
 def trainer(kind: type[Trainer], data: Dataset, **others) -> float:
@@ -49,7 +49,7 @@ def loop() -> float:
     start = perf_counter()
     for batch in torch.utils.data.DataLoader(rows, BATCH, collate_fn=collate):
         labels = batch.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16, enabled=supports_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             with torch.no_grad(): targets = teacher.model(**batch).logits.float()
             logits = model(**batch).logits.float()
         soft = F.kl_div(

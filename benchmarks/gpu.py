@@ -6,6 +6,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 import torch
+from transformers import set_seed
 
 from ecomopt import Classifier, EcomoptError, convert, describe_hardware, load_model, load_task
 from ecomopt.accelerate.precision import PRECISIONS, fit, supports_precision
@@ -37,6 +38,7 @@ TRAINING = {precision: {"precision": precision} for precision in AVAILABLE} | {
 }
 task = load_task("reviews")
 texts, actual = task.test["text"][:], np.array(task.test["label"])
+set_seed(0)  # the weights of the head are drawn
 start = load_model("minilm", task.labels)
 start.model.cuda()
 

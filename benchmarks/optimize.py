@@ -4,6 +4,7 @@
 
 A seed takes about 50 minutes; what a search found is kept in .cache.
 """
+import hashlib
 import json
 import os
 import tempfile
@@ -12,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 
+import ecomopt
 from ecomopt import Classifier, Goal, convert, load, optimize
 from tools import reviews
 from tools.bench import report
@@ -34,13 +36,15 @@ NOTES = (
 
 
 def searched(name: str, goal: Goal, seed: int) -> Classifier:
-    """What `optimize` finds; searched once."""
-    path = FOUND / f"{name}-{seed}"
+    """What `optimize` finds; searched once with this code, goal and budget."""
+    sources = sorted(path.read_bytes() for path in Path(ecomopt.__file__).parent.rglob("*.py"))
+    key = hashlib.sha256(b"".join([*sources, f"{goal} {BUDGET}".encode()])).hexdigest()[:12]
+    path = FOUND / f"{name}-{seed}-{key}"
     if not path.exists():
         with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, ECOMOPT_CACHE=cache):
             result = optimize(reviews.with_food(), reviews.teacher(seed), goal, BUDGET, seed, THREADS)
         FOUND.mkdir(parents=True, exist_ok=True)
-        (FOUND / f"{name}-{seed}.json").write_text(json.dumps(result.data))
+        path.with_suffix(".json").write_text(json.dumps(result.data))
         result.save(path)
     return load(path)
 

@@ -177,7 +177,8 @@ def kept(key: list, compute: Callable[[], list]) -> list[float]:
 def run_of(problem: str, method: str, seed: int) -> list[float]:
     """The values of a run; those of peers do not depend on our code."""
     objective, space, levels = PROBLEMS[problem]
-    what = version(problem) if method == "ours" or problem == "reviews" else skopt.__version__ + optuna.__version__
+    is_ours = method in ("grid", "random", "ours") or problem == "reviews"
+    what = version(problem) if is_ours else skopt.__version__ + optuna.__version__
     return kept([problem, method, seed, BUDGET, what], lambda: methods(levels)[method](objective, space, seed, BUDGET))
 
 

@@ -71,9 +71,15 @@ def test_the_mse_range_is_not_worse_than_the_whole_one(seed, outlier):
 @pytest.mark.parametrize("percentile", [51, 90, 99, 99.9])
 def test_a_percentile_leaves_out_what_it_says(percentile):
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    low, high = static_range(histogram(x), "percentile", percentile)
-    inside = 100 * ((x >= low) & (x <= high)).float().mean().item()
-    assert percentile <= inside + 1e-3 and inside < percentile + 0.6  # whole bins
+    seen = histogram(x)
+    low, high = static_range(seen, "percentile", percentile)
+    width = (seen.high - seen.low) / len(seen.counts)
+    def inside(low, high): return 100 * ((x >= low) & (x <= high)).double().mean().item()
+    assert inside(low + width, high - width) < percentile <= inside(low, high) + 1e-3  # in whole bins
+
+
+def test_an_unknown_method_has_no_range():
+    with pytest.raises(EcomoptError, match="'max' is not known"): static_range(histogram(torch.randn(9)), "max")
 
 
 def test_all_of_the_numbers_is_the_whole_range():

@@ -16,7 +16,14 @@ from sklearn.calibration import calibration_curve
 from torch.nn import functional as F
 
 from ecomopt import Cascade, EcomoptError, artifact_info, convert, fit_cascade, quantize
-from ecomopt.accelerate.cascade import _fewest, _threshold, calibration_error, deferral_table, fit_temperature
+from ecomopt.accelerate.cascade import (
+    _fewest,
+    _is_deferred,
+    _threshold,
+    calibration_error,
+    deferral_table,
+    fit_temperature,
+)
 from ecomopt.compress.distill import keep_layers
 from ecomopt.compress.static import static_model
 from ecomopt.core.artifact import disk_bytes, file_bytes, load, save
@@ -31,11 +38,14 @@ TEXTS = ["the battery is great", "the screen broke", "not a good phone, very slo
 def stages():
     """Three classifiers with two tokenizers."""
     teacher = tiny.classifier()
-    student = keep_layers(tiny.classifier(seed=1), 1)
+    return unsure(teacher, 0), keep_layers(tiny.classifier(seed=1), 1), teacher
+
+
+def unsure(teacher, seed: int):
+    """A static model whose confidence differs from text to text."""
     static = static_model(teacher, TEXTS, 16, 64)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(static.model.embeddings.weight)
-    return static, student, teacher
+    torch.nn.init.normal_(static.model.embeddings.weight, generator=torch.Generator().manual_seed(seed))
+    return static
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +84,19 @@ def test_the_calibration_error_is_that_of_the_reliability_curve(seed, bins):
 # ---------------------------------------------------------------- thresholds
 
 @settings(max_examples=50)
-@given(st.lists(st.floats(0.5, 1, width=32), min_size=2, max_size=40, unique=True), st.data())
+@given(st.lists(st.floats(0.5, 1, width=32, exclude_max=True), min_size=2, max_size=40, unique=True), st.data())
 def test_a_threshold_defers_as_many_as_asked_for(confidence, data):
-    count = data.draw(st.integers(0, len(confidence) - 1))
-    found = _threshold(np.array(confidence, np.float64), count)
-    assert (np.array(confidence, np.float64) < found).sum() == count
+    count, confidence = data.draw(st.integers(0, len(confidence) - 1)), np.array(confidence, np.float32)
+    found = _threshold(confidence, count)
+    for values in (confidence, torch.from_numpy(confidence)): assert _is_deferred(values, found).sum() == count
+
+
+def test_a_threshold_separates_neighbours():
+    """The middle of two numbers with none between them is rounded to one of them."""
+    low = np.float32(0.75)
+    for low in (low, np.nextafter(low, np.float32(1))):
+        confidence = np.array([low, np.nextafter(low, np.float32(1))])
+        assert _is_deferred(torch.from_numpy(confidence), _threshold(confidence, 1)).tolist() == [True, False]
 
 
 def test_the_table_begins_with_the_small_model_and_ends_with_the_large_one():
@@ -105,6 +123,35 @@ def test_the_fewest_that_keep_a_drop_are_deferred(models):
     answers = torch.where(c < cascade.thresholds[0], z[1].argmax(1), first).numpy()
     teacher = (z[1].argmax(1).numpy() == labels).mean()
     assert teacher - (answers == labels).mean() <= 0.05 + 1e-9
+
+
+def reached(cascade: Cascade, texts: list[str]) -> tuple[list[int], torch.Tensor]:
+    """How many texts each stage after the first is asked, and the classes they get, by the definition."""
+    z = [stage.logits(texts) / T for stage, T in zip(cascade.stages, cascade.temperatures)]
+    counts, answers, left = [], z[0].argmax(1), torch.ones(len(texts), dtype=torch.bool)
+    for before, after, least in zip(z, z[1:], cascade.thresholds):
+        left &= before.softmax(1).max(1).values < least
+        answers = torch.where(left, after.argmax(1), answers)
+        counts.append(int(left.sum()))
+    return counts, answers
+
+
+def test_three_stages_pass_on_the_fractions_asked_for(models):
+    task = tiny.task(200)
+    texts = task.valid["text"][:]
+    cascade = fit_cascade([unsure(models[2], 0), unsure(models[2], 1), models[2]], task, deferred=[0.5, 0.2])
+    counts, answers = reached(cascade, texts)
+    assert counts == [round(0.5 * len(texts)), round(0.2 * len(texts))]
+    assert torch.equal(cascade.logits(texts).argmax(1), answers)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.1, 0.3])
+def test_three_stages_keep_a_drop(models, most):
+    task = tiny.task(200)
+    labels, texts = torch.tensor(task.valid["label"][:]), task.valid["text"][:]
+    _, answers = reached(fit_cascade(models, task, max_drop=most), texts)
+    teacher = (models[-1].logits(texts).argmax(1) == labels).float().mean()
+    assert teacher - (answers == labels).float().mean() <= most + 1e-6
 
 
 # ---------------------------------------------------------------- what it computes

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +107,23 @@ def test_components_are_those_of_the_definition(rows):
 
 def test_a_text_and_a_group_of_one_name_are_two_things():
     assert connected_components(["a", "b"], ["b", "c"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("groups", [["x", None, None], ["x", float("nan"), "y"], ["x", "y"]])
+def test_a_row_without_a_group_is_refused(groups):
+    with pytest.raises(EcomoptError, match="3 texts"): connected_components(["a", "b", "c"], groups)
+
+
+@pytest.mark.parametrize("column", ["label", "group"])
+def test_rows_with_missing_values_are_not_split(column):
+    rows = pd.DataFrame({"text": list("abcdef"), "label": list("xyxyxy"), "group": list("abcdef")})
+    rows.loc[3, column] = None
+    with pytest.raises(EcomoptError, match="missing"): stratified_group_split(rows, {"train": 0.5, "test": 0.5})
+
+
+def test_a_column_is_no_test_set():
+    for name in ("text", "label"):
+        with pytest.raises(EcomoptError, match="no test sets"): tiny.task().with_tests(**{name: "more.csv"})
 
 
 def test_groups_keep_the_balance():

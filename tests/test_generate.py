@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ecomopt import EcomoptError, LanguageModel, fetch, load, load_language_model, save
-from ecomopt.core.generate import generation_speed, greedy_decoding, losses, paired_perplexity, perplexity
+from ecomopt.core.generate import _rates, generation_speed, greedy_decoding, losses, paired_perplexity, perplexity
 from ecomopt.core.train import fingerprint
 
 TEXTS = ["the battery is very good", "not bad", "a phone a phone works and the screen was awful", "great"]
@@ -117,6 +117,8 @@ def test_losses_are_the_models_own(texts, window, batch_size):
             with torch.inference_mode(): nats = lm.model(piece, labels=piece).loss.item()
             row += nats * (piece.shape[1] - 1), piece.shape[1] - 1
     if expected.any(): assert np.allclose(losses(lm, texts, window, batch_size), expected, atol=1e-3)
+    else:
+        with pytest.raises(EcomoptError, match="nothing to predict"): losses(lm, texts, window, batch_size)
 
 
 def test_perplexity_weighs_tokens():
@@ -144,6 +146,14 @@ def test_only_the_same_tokens_are_compared():
 def test_generation_speed(lm):
     table = generation_speed({"one": lm, "other": lm}, "the battery", max_new_tokens=3, rounds=2)
     assert list(table.index) == ["one", "other"] and table.loc["one", "× tokens/s"] == 1
+
+
+def test_the_rates_are_those_of_the_seconds():
+    """Ten tokens after a prompt of six: 1 s for the first, 4 s for all; the baseline takes twice as long."""
+    seconds = np.array([[1.0, 4.0]] * 3)
+    rates = _rates(seconds, 2 * seconds[:, 1], 6, 10)
+    assert rates == {"tokens/s": 2.5, "prefill tokens/s": 6.0, "decode tokens/s": 3.0, "× tokens/s": 2.0,
+                     "IQR": "2.00 to 2.00", "rounds": 3}
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_bits_are_those_of_the_layers_and_embeddings_keep_eight(lm, bits, tolera
     found = dequantize(tensors["blk.1.ffn_up.weight"].data, tensors["blk.1.ffn_up.weight"].tensor_type)
     wanted = lm.model.model.layers[1].mlp.up_proj.weight.detach().numpy()
     assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max() * 2
+    assert tensors["blk.1.ffn_up.weight"].tensor_type.name == {32: "F32", 8: "Q8_0", 4: "Q4_1"}[bits]
     assert tensors["token_embd.weight"].tensor_type.name == {32: "F32", 8: "Q8_0", 4: "Q8_0"}[bits]
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
 

@@ -115,3 +115,20 @@ def test_a_changed_module_makes_all_that_import_it_stale(tmp_path, monkeypatch):
     files.clear()
     files["gp.py"] = "x = 1\n"
     assert run.modules_key(nb) == before
+
+
+def test_what_only_refuses_or_explains_does_not_make_outputs_stale():
+    plain = run.essence("def f(x=1):\n    return x")
+    same = [
+        'def f(x: int = 1) -> int:\n    "One."\n    return x  # itself',
+        "def f(x=1):\n    if x < 0:\n        do = 'Give another.'\n        raise ValueError(do)\n    return x",
+    ]
+    other = [
+        "def f(x=2):\n    return x",
+        "def f(x=1):\n    if x < 0: return 0\n    return x",
+        "def f(x=1):\n    if x < 0: raise ValueError\n    else: x = 2\n    return x",
+        "def f(x=1):\n    if (x := 2) < 0: raise ValueError\n    return x",
+        "def f(x=1):\n    'One.'.split(x)\n    return x",
+    ]
+    assert {run.essence(text) for text in same} == {plain}
+    assert plain not in {run.essence(text) for text in other}

@@ -21,7 +21,7 @@ def test_a_seed_is_measured_once_and_three_make_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     found, rows, conditions = seeds.each_once("some", measure, [0, 1, 2])
     assert found == [0, 1, 2] and measured == [2, 0, 1] and len(rows) == 6
-    assert {"date", "machine", "versions"} == conditions.keys() and ";" not in conditions["machine"]
+    assert {"date", "machine", "script", "versions"} == conditions.keys() and ";" not in conditions["machine"]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["some.json"]
 
     table = seeds.over_seeds(rows, "× throughput")
@@ -35,8 +35,10 @@ def test_other_conditions_are_all_said(tmp_path, monkeypatch):
     rows = [{"model": "teacher", "right": "1101"}]
     def part(date, machine): return {"date": date, "machine": machine, "versions": {"torch": "2"}, "rows": rows}
     parts = {"0": part("2026-11-29", "A"), "1": part("2026-11-28", "A"), "2": part("2026-11-30", "B")}
+    parts["2"]["script"] = "new"
     (tmp_path / "some.json").write_text(json.dumps(parts))
     monkeypatch.setattr(seeds, "KEPT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     _, _, conditions = seeds.each_once("some", None, [0, 1, 2])
-    assert conditions == {"date": "2026-11-28 to 2026-11-30", "machine": "A; B", "versions": {"torch": "2"}}
+    assert conditions == {
+        "date": "2026-11-28 to 2026-11-30", "machine": "A; B", "script": "None, new", "versions": {"torch": "2"}}

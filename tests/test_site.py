@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tools import pages
+from tools import bench, pages
 from tools.charts import number, tradeoff
 from tools.run import notebooks
 from tools.site import IMPORT, ROOT, build, figure, looks, staged, translate, with_terms
@@ -134,6 +134,16 @@ def test_a_benchmark_says_who_wins_and_survives_what_it_does_not_know(tmp_path):
     (tmp_path / "new.json").write_text(json.dumps({"name": "new", "table": [{"what": "x", "n": None}], "date": "2026"}))
     made = pages.benchmarks([tmp_path / "new.json"])
     assert "## New {#new}" in made and "NaN" not in made and "None" not in made
+
+
+def test_a_benchmark_whose_script_has_changed_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path)
+    (tmp_path / "new.py").write_text("1")
+    result = {"name": "new", "table": [{"what": "x", "n": 1}], "script": bench.script("new")}
+    (tmp_path / "new.json").write_text(json.dumps(result))
+    assert "script" not in pages.benchmarks([tmp_path / "new.json"])
+    (tmp_path / "new.py").write_text("2")
+    assert "The script has changed" in pages.benchmarks([tmp_path / "new.json"])
 
 
 def test_the_trade_off_names_every_model():

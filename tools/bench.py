@@ -1,4 +1,5 @@
 """What every benchmark ends with: a table on the screen, and a JSON file with the conditions it was measured under."""
+import hashlib
 import json
 import os
 import platform
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 PACKAGES = "ecomopt", "torch", "transformers", "numpy", "scikit-learn"
 
 
@@ -27,10 +29,16 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def conditions() -> dict:
-    """When, where and with which versions something is measured."""
+def script(name: str) -> str | None:
+    """Sixteen digits that identify the script of a benchmark as it is now."""
+    path = BENCHMARKS / f"{name}.py"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
+def conditions(name: str) -> dict:
+    """When, where, by which script and with which versions something is measured."""
     return {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "script": script(name),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}}
 
 
@@ -40,7 +48,7 @@ def report(name: str, table: pd.DataFrame, seeds: list[int], notes: str, measure
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     rows = json.loads(table.to_json(orient="records"))
-    result = {"name": name, **(measured or conditions()), "seeds": seeds, "notes": notes, "table": rows}
+    result = {"name": name, **(measured or conditions(name)), "seeds": seeds, "notes": notes, "table": rows}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(f"\nwritten: {path.relative_to(RESULTS.parents[1])}")
     return path

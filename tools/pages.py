@@ -24,6 +24,7 @@ from typer import rich_utils
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from tools.bench import script
 from tools.charts import bars, number
 from tools.run import NBS, ROOT, homes, notebooks
 
@@ -254,6 +255,8 @@ QUESTIONS = {
         "of the trainings of random search", lower=True, says=lambda rows:
         "The constrained search needs {mean trainings, of random's:.3g} times the trainings of random search, when it "
         "minimizes {minimize} on a table of {recipes} recorded recipes.".format_map(rows["constrained"])),
+    "base": Question("What do students of a teacher of BERT-base size gain?", "model", "× throughput",
+                     "times the throughput of the float32 teacher", more=SMALLER),
     "distill": Question(
         "What does distillation cost in training time?", "what", "ms a step", "ms a step", lower=True, says=lambda rows:
         f"An epoch on cached teacher logits takes {number(rows['epoch: distillation, cached logits']['ratio'])} times "
@@ -301,6 +304,8 @@ def benchmarks(results: list[Path]) -> str:
         cells = pd.DataFrame([{column: shown(value) for column, value in row.items()} for row in table]).fillna("")
         parts += [f"## {question.asked if question else name.capitalize()} {{#{name}}}"]
         if question: parts += [answer(question, table)]
+        if result.pop("script", None) != script(name):
+            parts += ["The script has changed since this was measured."]
         parts += [html(cells.to_html(index=False, border=0)),
                   folded("How it was run", f"{notes}\n\n```yaml\n{yaml.safe_dump(result, sort_keys=False)}```")]
     return page("Benchmarks", "This library and what else you could use, measured in one run.", *parts)

@@ -33,7 +33,8 @@ class TfIdf:
 
     def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
         """Log probabilities, [texts, classes]."""
-        return log_probabilities(self.pipeline.predict_proba(list(texts)))
+        parts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        return log_probabilities(np.concatenate([self.pipeline.predict_proba(list(part)) for part in parts]))
 
     def bytes(self, path: Path) -> int:
         """On disk."""

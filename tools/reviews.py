@@ -30,7 +30,8 @@ MADE = (
 MEASURED = (
     "Accuracy: of all test sentences, mean of the seeds, with an interval that counts seeds and sentences; retained: "
     "of the same seed's teacher, mean. at 2 points, at 1: what the non-inferiority test with that margin says, by "
-    "seeds. Throughput and p50: median of the seeds; × of both: ratio to the float32 teacher, time-interleaved in one "
+    "seeds. Throughput and p50: median of the seeds; × of both: ratio to the teacher (PyTorch, float32, SDPA "
+    "attention), time-interleaved in one "
     f"process ({ROUNDS} rounds of the test split in batches of 32, and of {CALLS} sentences one by one), median and "
     "range of the seeds. MB: all files that are needed, tokenizer included."
 )

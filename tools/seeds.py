@@ -27,7 +27,7 @@ def each_once(name: str, measure: Callable[[int], list[dict]], seeds: list[int])
     path = KEPT / f"{name}.json"
     for seed in map(str, sys.argv[1:] or seeds):
         if seed in kept(path): continue
-        found = {**conditions(), "rows": measure(int(seed))}
+        found = {**conditions(name), "rows": measure(int(seed))}
         path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(kept(path) | {seed: found}, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
@@ -39,6 +39,7 @@ def each_once(name: str, measure: Callable[[int], list[dict]], seeds: list[int])
     measured = {
         "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])),
         "machine": "; ".join(dict.fromkeys(part["machine"] for part in parts)),
+        "script": ", ".join(dict.fromkeys(str(part.get("script")) for part in parts)),
         "versions": {package: ", ".join(dict.fromkeys(part["versions"][package] for part in parts))
                      for package in parts[0]["versions"]}}
     return sorted(map(int, found)), [row for part in parts for row in part["rows"]], measured

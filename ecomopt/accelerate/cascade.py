@@ -198,7 +198,9 @@ def _threshold(confidence: np.ndarray, deferred: int) -> float:
     ordered = np.sort(confidence)
     if deferred == len(ordered): return 1.0
     if not deferred: return float(ordered[0] / 2)
-    middle = float((ordered[deferred - 1] + ordered[deferred]) / 2)
+    low, high = ordered[deferred - 1 : deferred + 1]
+    middle = (low + high) / 2
+    middle = float(middle if middle > low else high)  # of neighbours, it is rounded to the lower
     return min(middle, float(np.nextafter(np.float32(1), np.float32(0))))  # 1 would defer all
 
 
@@ -242,7 +244,7 @@ def fit_cascade(
     stages: Sequence[Classifier],    # two or more, the fastest first; with the same labels
     task: Task,                      # its validation split sets temperatures and thresholds
     deferred: float | Sequence[float] | None = None,  # of all texts, that go on to each next stage
-    max_drop: float | None = None,   # or the drop against the last stage, on validation
+    max_drop: float | None = None,   # or the drop in accuracy against the last one, on validation
 ) -> Cascade:
     "Make a cascade whose thresholds are chosen on the validation split."
     stages = _check_stages(stages)

@@ -105,6 +105,9 @@ def static_range(
     "Choose the range of an input from its histogram (first two: Wu et al. 2020, section 3.4)."
     if method == "mse": return _mse_range(histogram)
     if method == "percentile": return _percentile_range(histogram, percentile)
+    if method != "minmax":
+        do = f"Give one of {', '.join(METHODS)}."
+        raise EcomoptError(f"The method {method!r} is not known.", "argument method", do)
     return histogram.low, histogram.high
 
 # %% ../../nbs/compress/25_calibrate.ipynb #169ec980

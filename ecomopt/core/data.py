@@ -64,6 +64,9 @@ def connected_components(
     "Number the components of rows that share a group or a normalized text, directly or not."
     texts = checks._text_rows(texts)
     rows = len(texts)
+    if len(groups) != rows or pd.isna(np.asarray(groups, dtype=object)).any():
+        what = f"There are {rows} texts, and {pd.Series(groups, dtype=object).count()} groups."
+        raise EcomoptError(what, "connected_components", "Give each row a group.")
     group = pd.factorize(np.asarray(groups, dtype=object))[0]
     text = pd.factorize(np.asarray([normalize(text) for text in texts], dtype=object))[0]
     start = np.tile(np.arange(rows), 2)
@@ -169,6 +172,10 @@ def _check_rows(rows: pd.DataFrame, fractions: dict[str, float], where: str) -> 
     "Raise for rows or fractions that cannot be split."
     _check_columns(list(rows), ["text", "label", "group"], where)
     if not len(rows): raise EcomoptError("There are no rows.", where, "Give rows to split.")
+    if rows[["label", "group"]].isna().any(axis=None):
+        numbers = rows[["label", "group"]].isna().sum().to_dict()
+        do = "Fill them, or leave these rows out."
+        raise EcomoptError(f"Values are missing in {len(rows)} rows: {numbers}.", where, do)
     for split, fraction in fractions.items(): checks._positive_number(fraction, split)
 
 # %% ../../nbs/core/11_data.ipynb #9007787c
@@ -286,6 +293,9 @@ class Task:
         **tests: str | Path | Dataset,  # by name: a file, or a data set with class numbers
     ) -> "Task":
         "The task with more test sets; texts that it has already are left out, with a warning."
+        if not tests and (text, label) != ("text", "label"):
+            do = "Give with_tests(name=…); for a test set called text or label, Task(…, tests=…)."
+            raise EcomoptError("There are no test sets.", "Task.with_tests", do)
         parts = {name: part for name, part in self._parts().items() if name not in tests}
         added = {}
         for name, given in tests.items():
