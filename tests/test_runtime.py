@@ -26,9 +26,9 @@ from ecomopt.core.train import Classifier, fingerprint, supports_bfloat16
 pytestmark = pytest.mark.xdist_group("runtime")  # its fixtures are costly
 
 TEXTS = ["the battery is great", "bad", "a phone works very good not bad", "screen broke", "love it"]
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 2e-2}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 2e-2, "int8_weight_only": 2e-2}
 SAVED = [
-    ("sdpa", "int8"),
+    ("sdpa", "int8"), ("openvino", "int8_weight_only"),
     *[(name, precision) for name in ("openvino", "onnxruntime") for precision in ("float32", "int8")],
 ]
 SAVED += [("eager", "bfloat16"), ("openvino", "bfloat16")] if supports_bfloat16() else []
@@ -140,6 +140,37 @@ def test_another_number_of_threads_creates_another_session(made):
         assert torch.allclose(converted.logits(TEXTS), first, atol=1e-5)
         assert converted.model._session[0] == before + 1
     finally: torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8_weight_only"])
+def test_a_large_batch_is_divided_among_the_threads(made, precision):
+    """Also after a call that was interrupted, whose requests go on."""
+    converted, before = made("openvino", precision), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        texts = [f"{TEXTS[n % 5]} {TEXTS[n % 3]}" for n in range(33)]
+        alone = converted.logits(texts, batch_size=5)
+        session = converted.model.session()
+        assert "queue" not in vars(session)  # nothing is compiled that is not used
+        for _ in range(3):
+            assert torch.allclose(converted.logits(texts), alone, atol=TOLERANCE[precision])
+            assert len(session.queue) == 2
+            ids = np.ones((40, 30), int)
+            session.queue.start_async({"input_ids": ids, "attention_mask": ids}, [])
+    finally: torch.set_num_threads(before)
+
+
+def test_weight_only_int8_is_openvinos(small):
+    for name in ("onnxruntime", "sdpa"):
+        with pytest.raises(EcomoptError, match="no precision 'int8_w"): convert(small, name, "int8_weight_only")
+
+
+@pytest.mark.slow
+def test_weights_alone_need_no_calibration_and_a_quarter_of_the_bytes(small, tmp_path):
+    sizes = [sum(convert(small, "openvino", precision).model.sizes.values())
+             for precision in ("float32", "int8_weight_only")]
+    assert sizes[1] < 0.6 * sizes[0]  # so small a graph is mostly operators
 
 
 @pytest.mark.slow

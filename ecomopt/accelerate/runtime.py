@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,6 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 from torch import nn
-from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -58,7 +58,7 @@ from ecomopt.core.checks import (
 from ..core.data import Task
 from ..core.measure import count_macs, count_parameters, time_interleaved
 from ..core.pretrained import _max_positions
-from ..core.train import Classifier, _check_classifier
+from ..core.train import Classifier, _check_classifier, _has_instructions
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #7666f8df
 RUNTIMES = {  # the packages that it needs: the first one to run, all of them to convert
@@ -68,7 +68,7 @@ RUNTIMES = {  # the packages that it needs: the first one to run, all of them to
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino", "nncf"),
 }
-PRECISIONS = "float32", "bfloat16", "int8"
+PRECISIONS = "float32", "bfloat16", "int8", "int8_weight_only"
 _BASELINE = "eager float32"
 
 
@@ -119,7 +119,7 @@ class _PortableEmbedding(nn.Module):
         return torch.cat(digits, -1)[..., :self.columns]
 
     @classmethod
-    def unpack_first(cls, graph: "openvino.Model", program: ExportedProgram) -> None:
+    def unpack_first(cls, graph: "openvino.Model", program: torch.export.ExportedProgram) -> None:
         "Look up rows last: OpenVINO unpacks a constant table once, when it compiles the graph."
         from openvino import Model
         from openvino import opset13 as ops
@@ -154,20 +154,20 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
 
-def _graph(model: PreTrainedModel) -> ExportedProgram:
+def _graph(model: PreTrainedModel) -> torch.export.ExportedProgram:
     "Trace a model with one batch; the number of texts and their length stay dynamic."
     model = copy.deepcopy(model).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedEmbedding):
             model.set_submodule(name, _PortableEmbedding(module))
     ids = torch.ones(2, 7, dtype=torch.long)
-    shape = {0: Dim("B"), 1: Dim("L", max=_max_positions(model))}
+    shape = {0: torch.export.Dim("B"), 1: torch.export.Dim("L", max=_max_positions(model))}
     inputs, shapes = (ids, ids.clone()), (shape, shape)
     return torch.export.export(_Logits(model), inputs, dynamic_shapes=shapes, strict=False)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #ed44056b
 def _write_openvino(
-    program: ExportedProgram,
+    program: torch.export.ExportedProgram,
     precision: str,
     examples: list[dict],
     folder: Path,
@@ -176,6 +176,8 @@ def _write_openvino(
     import nncf
     import openvino
     graph = openvino.convert_model(program)
+    if precision == "int8_weight_only":
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
     if precision == "int8":
         data, kind = nncf.Dataset(examples), nncf.ModelType.TRANSFORMER
         graph = nncf.quantize(graph, data, model_type=kind, subset_size=len(examples))
@@ -184,28 +186,64 @@ def _write_openvino(
     openvino.save_model(graph, file, compress_to_fp16=precision != "float32")
     file.write_text(re.sub(r">\s+<", "><", file.read_text()))  # without indentation
 
-
-def _open_openvino(files: dict[str, np.ndarray], precision: str, threads: int) -> Callable:
-    "A function from inputs to logits."
-    request = _open_openvino_model(files, threads, precision).create_infer_request()
-    return _one_at_a_time(lambda inputs: request.infer(inputs)[0])
-
 # %% ../../nbs/accelerate/34_runtime.ipynb #34ab00c1
-def _open_openvino_model(
-    files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
-    threads: int,                  # to compute with
-    precision: str = "float32",    # of floating-point operations: "float32" or "bfloat16"
-) -> "openvino.CompiledModel":      # its infer requests serve one caller each
-    "Compile a graph for this CPU."
-    import openvino
-    core = openvino.Core()
-    properties = {
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
-        "KV_CACHE_PRECISION": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
-    return core.compile_model(graph, "CPU", properties)
+class _OpenVINO:
+    "Logits by OpenVINO; the texts of a large batch are divided among the threads."
+
+    def __init__(self, files: dict[str, np.ndarray], precision: str, threads: int):
+        self.files, self.precision, self.threads, self.lock = files, precision, threads, Lock()
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        with self.lock:
+            is_large = self.threads > 1 and len(inputs["input_ids"]) >= 8 * self.threads
+            return self.divide(inputs) if is_large else self.alone.infer(inputs)[0]
+
+    def divide(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        "Let each thread take a part of the rows through the whole graph."
+        pieces = zip(*(np.array_split(x, self.threads) for x in inputs.values()))
+        parts = [[] for _ in range(self.threads)]
+        for rows, part in zip(pieces, parts): self.queue.start_async(dict(zip(inputs, rows)), part)
+        self.queue.wait_all()
+        return np.concatenate([part[0] for part in parts])
+
+    @cached_property
+    def alone(self) -> "openvino.InferRequest":
+        "All threads compute one request."
+        return self.compile(self.files, self.threads, self.precision).create_infer_request()
+
+    @cached_property
+    def queue(self) -> "openvino.AsyncInferQueue":
+        "A request for each thread; its logits are appended to the part it was started with."
+        from openvino import AsyncInferQueue
+        compiled = self.compile(self.files, self.threads, self.precision, self.threads)
+        queue = AsyncInferQueue(compiled, self.threads)
+        queue.set_callback(lambda one, part: part.append(one.get_output_tensor().data.copy()))
+        return queue
+
+    @staticmethod
+    def compile(
+        files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
+        threads: int,                  # to compute with
+        precision: str = "float32",    # of `PRECISIONS`
+        streams: int = 1,              # requests at the same time, which share the threads
+    ) -> "openvino.CompiledModel":      # its infer requests serve one caller each
+        "Compile a graph for this CPU."
+        import openvino
+        from openvino.passes import ConstantFolding, Manager
+        core, passes = openvino.Core(), Manager()
+        graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
+        is_rounded = precision == "int8_weight_only"
+        if is_rounded:  # its weights become floats now, and not in every call
+            passes.register_pass(ConstantFolding())
+            passes.run_passes(graph)
+        in_bfloat16 = precision == "bfloat16" or is_rounded and _has_instructions("amx_bf16")
+        properties = {
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": streams,
+        }
+        return core.compile_model(graph, "CPU", properties)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #9292b8e6
 def _fix_scales(file: Path, examples: list[dict]) -> None:
@@ -235,7 +273,7 @@ def _fix_scales(file: Path, examples: list[dict]) -> None:
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3d31c99f
 def _write_onnxruntime(
-    program: ExportedProgram, precision: str, examples: list[dict], folder: Path
+    program: torch.export.ExportedProgram, precision: str, examples: list[dict], folder: Path
 ) -> None:
     "One file; int8 by ONNX Runtime's own tool, static where there are examples."
     import onnx
@@ -432,9 +470,9 @@ class GraphRuntime(RuntimeFiles):
     def from_model(
         cls,
         model: PreTrainedModel,    # in float32; its word embeddings may be quantized
-        program: ExportedProgram,  # the model's, in the precision to write
+        program: torch.export.ExportedProgram,  # the model's, in the precision to write
         runtime: str,              # "onnxruntime" or "openvino"
-        precision: str,            # "float32", "bfloat16" or "int8"
+        precision: str,            # of `PRECISIONS`
         examples: list[dict],      # inputs to calibrate with
     ) -> "GraphRuntime":
         "Convert a model, and read the files."
@@ -480,7 +518,7 @@ class GraphRuntime(RuntimeFiles):
 # %% ../../nbs/accelerate/34_runtime.ipynb #8d123a93
 _GRAPHS = {  # how a runtime's files are written and opened
     "onnxruntime": (_write_onnxruntime, _open_onnxruntime),
-    "openvino": (_write_openvino, _open_openvino),
+    "openvino": (_write_openvino, _OpenVINO),
 }
 
 
@@ -603,7 +641,8 @@ def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
 # %% ../../nbs/accelerate/34_runtime.ipynb #a4d19111
 def _check_names(runtime: str, precision: str, device: str) -> None:
     "Raise for a runtime or precision that is unknown or not available here."
-    known = ("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)
+    precisions = PRECISIONS if runtime == "openvino" else PRECISIONS[:3]
+    known = ("runtime", runtime, RUNTIMES), ("precision", precision, precisions)
     for name, value, names in known:
         if isinstance(value, str) and value in names: continue
         do = f"Give one of {', '.join(names)}."
@@ -623,15 +662,14 @@ def _check_choice(task: Task, by: str, min_agreement: float, rounds: int) -> int
     is_number = isinstance(min_agreement, (int, float)) and not _is_bool(min_agreement)
     if not (is_number and 0 <= min_agreement <= 1 and len(task.valid)):
         what = f"min_agreement={min_agreement!r}, {len(task.valid)} texts to validate with."
-        do = "Give a fraction between 0 and 1, and a task with a valid split."
-        raise EcomoptError(what, "best_runtime", do)
+        raise EcomoptError(what, "best_runtime", "Give a fraction, and a task with a valid split.")
     return _whole_number(rounds, "rounds")
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #3619d0c9
 def convert(
     classifier: Classifier,     # finished, in float32; its word embeddings may be quantized
     runtime: str = "openvino",  # "eager", "sdpa", "compile", "onnxruntime" or "openvino"
-    precision: str = "int8",    # "float32", "bfloat16" or "int8"
+    precision: str = "int8",    # "float32", "bfloat16", "int8", "int8_weight_only" (OpenVINO)
     calibration_texts: Task | Iterable[str] | None = None,  # for int8; of a task, 300
     timeout: float = 600,       # seconds
 ) -> Classifier:                # to use, measure, save and load; it cannot be changed any more

@@ -274,14 +274,17 @@ _RUNTIMES = "openvino", "nncf", "onnx", "onnxscript", "onnxruntime"
 
 @register_step(
     "convert",
-    space={"runtime": ["openvino", "onnxruntime"], "precision": ["int8", "float32"]},
+    space={
+        "runtime": ["openvino", "onnxruntime"],
+        "precision": ["int8", "int8_weight_only", "float32"],
+    },
     cannot_follow=["static", "share_weights", "prepare_qat", *_FINAL],
     packages=_RUNTIMES,
 )
 def _convert(
     model, context, *,
     runtime: Literal["eager", "sdpa", "compile", "onnxruntime", "openvino"] = "openvino",
-    precision: Literal["float32", "bfloat16", "int8"] = "int8",
+    precision: Literal["float32", "bfloat16", "int8", "int8_weight_only"] = "int8",
     timeout: float = 600.0,
 ):
     return convert(model, runtime, precision, context.task, timeout)
