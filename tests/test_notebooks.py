@@ -129,6 +129,10 @@ def test_what_only_refuses_or_explains_does_not_make_outputs_stale():
         "def f(x=1):\n    if x < 0: raise ValueError\n    else: x = 2\n    return x",
         "def f(x=1):\n    if (x := 2) < 0: raise ValueError\n    return x",
         "def f(x=1):\n    'One.'.split(x)\n    return x",
+        "def f(x=1):\n    if x < 0:\n        if x: return 2\n        raise ValueError\n    return x",
+        "def f(x=1):\n    if x.pop(): raise ValueError\n    return x",
     ]
+    typed, other_type = ("@register_step('f')\ndef f(x: %s = 1): return x" % kind for kind in ("int", "float"))
+    assert run.essence(typed) != run.essence(other_type)  # the decorator may read them
     assert {run.essence(text) for text in same} == {plain}
     assert plain not in {run.essence(text) for text in other}

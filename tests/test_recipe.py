@@ -87,6 +87,7 @@ def test_yaml_and_python_are_the_same(steps, tmp_path):
     (["prune", "distill"], "distill cannot follow prune"),
     (["share_weights", "prune_structured"], "cannot follow share_weights"),
     ([{"convert": {}}, "quantize"], "cannot follow convert"),
+    ([{"convert": {"runtime": "onnxruntime", "precision": "int8_weight_only"}}], "onnxruntime has no int8_weight_only"),
     (["calibrate"], "must follow quantize"),
     (["codebooks_to_int8"], "must follow share_weights"),
     ("quantize", "no list of steps"),

@@ -142,25 +142,6 @@ def test_another_number_of_threads_creates_another_session(made):
     finally: torch.set_num_threads(before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "int8_weight_only"])
-def test_a_large_batch_is_divided_among_the_threads(made, precision):
-    """Also after a call that was interrupted, whose requests go on."""
-    converted, before = made("openvino", precision), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        texts = [f"{TEXTS[n % 5]} {TEXTS[n % 3]}" for n in range(33)]
-        alone = converted.logits(texts, batch_size=5)
-        session = converted.model.session()
-        assert "queue" not in vars(session)  # nothing is compiled that is not used
-        for _ in range(3):
-            assert torch.allclose(converted.logits(texts), alone, atol=TOLERANCE[precision])
-            assert len(session.queue) == 2
-            ids = np.ones((40, 30), int)
-            session.queue.start_async({"input_ids": ids, "attention_mask": ids}, [])
-    finally: torch.set_num_threads(before)
-
-
 def test_weight_only_int8_is_openvinos(small):
     for name in ("onnxruntime", "sdpa"):
         with pytest.raises(EcomoptError, match="no precision 'int8_w"): convert(small, name, "int8_weight_only")

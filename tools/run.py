@@ -90,10 +90,15 @@ def module_imports(path: Path) -> frozenset[Path]:
     return frozenset(found.union(*(module_imports(other) for other in found - {path})))
 
 
+EFFECTS = {"read", "readinto", "write", "pop"}  # methods that do more than to answer
+
+
 def refuses(node: ast.AST) -> bool:
-    "Is this an `if` that ends in an error, and does nothing else?"
-    is_plain = isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Raise)
-    return is_plain and not any(isinstance(part, ast.NamedExpr) for part in ast.walk(node.test))
+    "Is this an `if` that only raises? Whether other code catches the error, or a page prints it, is not seen."
+    if not isinstance(node, ast.If) or node.orelse or not isinstance(node.body[-1], ast.Raise): return False
+    parts = [*ast.walk(node.test), *(part for line in node.body for part in ast.walk(line))]
+    leaves = ast.Return, ast.Yield, ast.Break, ast.Continue, ast.NamedExpr
+    return not any(isinstance(part, leaves) or getattr(part, "attr", "") in EFFECTS for part in parts)
 
 
 def is_text(node: ast.AST) -> bool:
@@ -105,11 +110,13 @@ def essence(source: str) -> str:
     "A module without what cannot change the outputs of a run that passed: comments, docstrings, types and refusals."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.arg): node.annotation = None
-        if isinstance(node, ast.FunctionDef): node.returns = None
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:  # decorators may read the types
+            for part in ast.walk(node.args):
+                if isinstance(part, ast.arg): part.annotation = None
+            node.returns = None
         if isinstance(getattr(node, "body", None), list):
             node.body = [part for part in node.body if not refuses(part) and not is_text(part)]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 
 def modules_key(nb: nbformat.NotebookNode) -> str:

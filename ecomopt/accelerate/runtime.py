@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -186,64 +185,33 @@ def _write_openvino(
     openvino.save_model(graph, file, compress_to_fp16=precision != "float32")
     file.write_text(re.sub(r">\s+<", "><", file.read_text()))  # without indentation
 
+
+def _open_openvino(files: dict[str, np.ndarray], precision: str, threads: int) -> Callable:
+    "A function from inputs to logits."
+    request = _open_openvino_model(files, threads, precision).create_infer_request()
+    return _one_at_a_time(lambda inputs: request.infer(inputs)[0])
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #34ab00c1
-class _OpenVINO:
-    "Logits by OpenVINO; the texts of a large batch are divided among the threads."
-
-    def __init__(self, files: dict[str, np.ndarray], precision: str, threads: int):
-        self.files, self.precision, self.threads, self.lock = files, precision, threads, Lock()
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        with self.lock:
-            is_large = self.threads > 1 and len(inputs["input_ids"]) >= 8 * self.threads
-            return self.divide(inputs) if is_large else self.alone.infer(inputs)[0]
-
-    def divide(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        "Let each thread take a part of the rows through the whole graph."
-        pieces = zip(*(np.array_split(x, self.threads) for x in inputs.values()))
-        parts = [[] for _ in range(self.threads)]
-        for rows, part in zip(pieces, parts): self.queue.start_async(dict(zip(inputs, rows)), part)
-        self.queue.wait_all()
-        return np.concatenate([part[0] for part in parts])
-
-    @cached_property
-    def alone(self) -> "openvino.InferRequest":
-        "All threads compute one request."
-        return self.compile(self.files, self.threads, self.precision).create_infer_request()
-
-    @cached_property
-    def queue(self) -> "openvino.AsyncInferQueue":
-        "A request for each thread; its logits are appended to the part it was started with."
-        from openvino import AsyncInferQueue
-        compiled = self.compile(self.files, self.threads, self.precision, self.threads)
-        queue = AsyncInferQueue(compiled, self.threads)
-        queue.set_callback(lambda one, part: part.append(one.get_output_tensor().data.copy()))
-        return queue
-
-    @staticmethod
-    def compile(
-        files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
-        threads: int,                  # to compute with
-        precision: str = "float32",    # of `PRECISIONS`
-        streams: int = 1,              # requests at the same time, which share the threads
-    ) -> "openvino.CompiledModel":      # its infer requests serve one caller each
-        "Compile a graph for this CPU."
-        import openvino
-        from openvino.passes import ConstantFolding, Manager
-        core, passes = openvino.Core(), Manager()
-        graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
-        is_rounded = precision == "int8_weight_only"
-        if is_rounded:  # its weights become floats now, and not in every call
-            passes.register_pass(ConstantFolding())
-            passes.run_passes(graph)
-        in_bfloat16 = precision == "bfloat16" or is_rounded and _has_instructions("amx_bf16")
-        properties = {
-            "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
-            "KV_CACHE_PRECISION": "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": streams,
-        }
-        return core.compile_model(graph, "CPU", properties)
+def _open_openvino_model(
+    files: dict[str, np.ndarray],  # bytes of the operators, "xml", and of the numbers, "bin"
+    threads: int,                  # to compute with
+    precision: str = "float32",    # of `PRECISIONS`
+) -> "openvino.CompiledModel":      # its infer requests serve one caller each
+    "Compile a graph for this CPU."
+    import openvino
+    from openvino.passes import ConstantFolding, Manager
+    core, passes = openvino.Core(), Manager()
+    graph = core.read_model(files["xml"].tobytes(), openvino.Tensor(files["bin"]))
+    passes.register_pass(ConstantFolding())  # weights in int8 become floats once, here
+    if precision == "int8_weight_only": passes.run_passes(graph)
+    has_amx = _has_instructions("amx_bf16")
+    in_bfloat16 = precision == "bfloat16" or precision == "int8_weight_only" and has_amx
+    properties = {
+        "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    return core.compile_model(graph, "CPU", properties)
 
 # %% ../../nbs/accelerate/34_runtime.ipynb #9292b8e6
 def _fix_scales(file: Path, examples: list[dict]) -> None:
@@ -518,7 +486,7 @@ class GraphRuntime(RuntimeFiles):
 # %% ../../nbs/accelerate/34_runtime.ipynb #8d123a93
 _GRAPHS = {  # how a runtime's files are written and opened
     "onnxruntime": (_write_onnxruntime, _open_onnxruntime),
-    "openvino": (_write_openvino, _OpenVINO),
+    "openvino": (_write_openvino, _open_openvino),
 }
 
 
@@ -611,6 +579,11 @@ def _silenced() -> Iterator[None]:
             root.level, root.filters[:], root.handlers[:] = before
             logging.disable(disabled)  # which also forgets what was enabled
 
+
+def _precisions(runtime: str) -> tuple[str, ...]:
+    "Those that a runtime could have."
+    return PRECISIONS if runtime == "openvino" else PRECISIONS[:3]
+
 # %% ../../nbs/accelerate/34_runtime.ipynb #2c83c01e
 def _check_model(classifier: Classifier) -> None:
     "Raise if it is no classifier, or one that was converted or quantized before."
@@ -641,8 +614,7 @@ def _with_timeout(seconds: float, call: Callable, *arguments) -> object:
 # %% ../../nbs/accelerate/34_runtime.ipynb #a4d19111
 def _check_names(runtime: str, precision: str, device: str) -> None:
     "Raise for a runtime or precision that is unknown or not available here."
-    precisions = PRECISIONS if runtime == "openvino" else PRECISIONS[:3]
-    known = ("runtime", runtime, RUNTIMES), ("precision", precision, precisions)
+    known = ("runtime", runtime, RUNTIMES), ("precision", precision, _precisions(runtime))
     for name, value, names in known:
         if isinstance(value, str) and value in names: continue
         do = f"Give one of {', '.join(names)}."
@@ -719,7 +691,7 @@ def _all_variants(classifier: Classifier, task: Task, names: Iterable, timeout: 
     failed = {}
     for runtime, precision in pairs:
         name = f"{runtime} {precision}"
-        if name in models: continue
+        if name in models or precision not in _precisions(runtime): continue
         try: models[name] = convert(classifier, runtime, precision, task, timeout)
         except EcomoptError as error: failed[name] = error.what
     return models, failed

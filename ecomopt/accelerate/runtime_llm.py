@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import EcomoptError
 from ecomopt.accelerate.runtime import (
     RuntimeFiles,
-    _OpenVINO,
+    _open_openvino_model,
     _require,
     _silenced,
     _with_timeout,
@@ -280,7 +280,7 @@ class LanguageRuntime(RuntimeFiles):
 
     def create_session(self) -> Callable:  # an `openvino.CompiledModel`
         "Compile for this CPU, with sums and KV cache in float32."
-        return _OpenVINO.compile(self.files(), torch.get_num_threads())
+        return _open_openvino_model(self.files(), torch.get_num_threads())
 
     def _cache(self, past: Generation | None, B: int) -> _KVCache:
         "An empty KV cache, or the one of the text that goes on."

@@ -77,7 +77,8 @@ _PATIENT = [_TRAIN[0], {"distill": _ONCE["distill"] | {"epochs": 3}}]
 _CONVERT = {"convert": {"runtime": "openvino", "precision": "int8"}}
 _ONNX = {"convert": {"runtime": "onnxruntime", "precision": "int8"}}
 _CASCADE = {"cascade": {"deferred": 0.2}}
-_LAST = [_ONNX], [_ONNX, _CASCADE], [_CONVERT], [{"quantize": {}}, {"calibrate": {}}]
+_FLOATS = {"convert": {"runtime": "openvino", "precision": "int8_weight_only"}}
+_LAST = [_ONNX], [_ONNX, _CASCADE], [_CONVERT], [_FLOATS], [{"quantize": {}}, {"calibrate": {}}]
 _PRIORS = [  # good recipes of this book, the safest first; sizes are fractions of the teacher's
     [_CONVERT],
     [_ONNX],

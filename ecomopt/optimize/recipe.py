@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 # %% ../../nbs/optimize/50_recipe.ipynb #5e65f30a
 from .. import EcomoptError
 from ..accelerate.cascade import fit_cascade
-from ..accelerate.runtime import convert
+from ..accelerate.runtime import _precisions, convert
 from ..compress.augment import Ensemble
 from ..compress.calibrate import calibrate
 from ..compress.distill import distill, keep_layers, ngram_augment
@@ -337,6 +337,16 @@ def _check_order(names: list[str]) -> None:
             what = f"{name} must follow {' or '.join(sorted(kind.must_follow))}."
             raise EcomoptError(what, where, "Put that step before it.")
 
+
+# %% ../../nbs/optimize/50_recipe.ipynb #c4e1b7a2
+def _check_precision(step: dict) -> None:
+    "Raise for a conversion to a precision that the runtime does not have."
+    options = {"runtime": "openvino", "precision": "int8", **step.get("convert", {})}
+    runtime, precision = options["runtime"], options["precision"]
+    if precision in _precisions(runtime): return
+    do = "Take openvino, or another precision."
+    raise EcomoptError(f"{runtime} has no {precision}.", "step 'convert'", do)
+
 # %% ../../nbs/optimize/50_recipe.ipynb #a7c32cb4
 class _Loader(yaml.SafeLoader):
     "YAML with the numbers of version 1.2 (1e-4), in which a key that is given twice is an error."
@@ -398,6 +408,7 @@ class Recipe:
         steps = [_step(given) for given in self.steps]
         steps = [{name: step_kind(name).check(options)} for name, options in steps]
         _check_order([name for step in steps for name in step])
+        for step in steps: _check_precision(step)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "seed", _whole_number(self.seed, "seed", 0, 2**32 - 1))
 
