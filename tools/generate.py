@@ -70,9 +70,15 @@ def stack() -> dict:
 def points() -> list[dict]:
     "Single models of that benchmark that are not eager as points of the figure; the first is the teacher."
     rows = [row for row in stack()["table"] if row.get("p50 ms") and row.get("accuracy")]
-    return [{"name": "teacher" if n == 0 else row["model"], "accuracy": row["accuracy"], "latency": row["p50 ms"],
-             "speedup": row["× throughput"], "bytes": 1e6 * row["MB"], "ours": row["model"].startswith("ours")}
-            for n, row in enumerate(rows) if n == 0 or not re.search("eager|cascade", row["model"])]
+    found = {}
+    for n, row in enumerate(rows):
+        if n and re.search("eager|cascade", row["model"]): continue
+        kind = row["model"].replace(" weights", "")  # of two kinds of int8 in one runtime, the faster
+        if row["× throughput"] <= found.get(kind, {"speedup": 0})["speedup"]: continue
+        found[kind] = {
+            "name": row["model"] if n else "teacher", "accuracy": row["accuracy"], "latency": row["p50 ms"],
+            "speedup": row["× throughput"], "bytes": 1e6 * row["MB"], "ours": row["model"].startswith("ours")}
+    return list(found.values())
 
 
 def summary() -> str:
