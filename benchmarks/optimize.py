@@ -4,7 +4,6 @@
 
 A seed takes about 50 minutes; what a search found is kept in .cache.
 """
-import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from tools.bench import report
 from tools.foreign import TOOLS, foreign
 from tools.peers import Model2Vec, TfIdf
 from tools.reviews import SEEDS, THREADS, artifact
+from tools.run import digest
 from tools.seeds import each_once
 
 BUDGET = "20min"
@@ -37,9 +37,8 @@ NOTES = (
 
 def searched(name: str, goal: Goal, seed: int) -> Classifier:
     """What `optimize` finds; searched once with this code, goal and budget."""
-    sources = sorted(path.read_bytes() for path in Path(ecomopt.__file__).parent.rglob("*.py"))
-    key = hashlib.sha256(b"".join([*sources, f"{goal} {BUDGET}".encode()])).hexdigest()[:12]
-    path = FOUND / f"{name}-{seed}-{key}"
+    sources = sorted(path.read_text("utf8") for path in Path(ecomopt.__file__).parent.rglob("*.py"))
+    path = FOUND / f"{name}-{seed}-{digest([*sources, str(goal), BUDGET])}"
     if not path.exists():
         with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, ECOMOPT_CACHE=cache):
             result = optimize(reviews.with_food(), reviews.teacher(seed), goal, BUDGET, seed, THREADS)

@@ -91,12 +91,11 @@ def test_a_threshold_defers_as_many_as_asked_for(confidence, data):
     for values in (confidence, torch.from_numpy(confidence)): assert _is_deferred(values, found).sum() == count
 
 
-def test_a_threshold_separates_neighbours():
+@pytest.mark.parametrize("low", [np.float32(0.75), np.nextafter(np.float32(0.75), np.float32(1))])
+def test_a_threshold_separates_neighbours(low):
     """The middle of two numbers with none between them is rounded to one of them."""
-    low = np.float32(0.75)
-    for low in (low, np.nextafter(low, np.float32(1))):
-        confidence = np.array([low, np.nextafter(low, np.float32(1))])
-        assert _is_deferred(torch.from_numpy(confidence), _threshold(confidence, 1)).tolist() == [True, False]
+    confidence = np.array([low, np.nextafter(low, np.float32(1))])
+    assert _is_deferred(torch.from_numpy(confidence), _threshold(confidence, 1)).tolist() == [True, False]
 
 
 def test_the_table_begins_with_the_small_model_and_ends_with_the_large_one():
